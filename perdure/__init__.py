@@ -1,0 +1,1 @@
+"""Perdure: durable long-running tasks on Kafka."""

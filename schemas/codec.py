@@ -1,0 +1,211 @@
+"""Bytes to records and back: Avro single-object encoding (Avro 1.11 specification, "Single-object encoding").
+
+`C3 01`, the CRC-64-AVRO fingerprint of the writer's schema (8 bytes, little-endian), the Avro body. Each record so
+names its own schema and no registry is needed. The only importer of fastavro.
+
+None of the schemas is recursive and none has array or map items of zero bytes (a test holds both), so the work of
+decoding is bounded by the record's size, whatever block counts it claims.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import typing
+from collections.abc import Callable
+from dataclasses import is_dataclass
+from importlib import resources
+from typing import Annotated, Any, TypeVar, get_args, get_origin
+
+from fastavro import parse_schema, schemaless_reader, schemaless_writer
+from fastavro.schema import fingerprint, to_parsing_canonical_form
+
+from perdure.schemas import messages
+from perdure.schemas.errors import DecodeError, ValueTooLarge
+from perdure.schemas.records import avro_schema, field_types, registered
+
+MARKER = b"\xc3\x01"
+HEADER = 10
+R = TypeVar("R")
+
+assert messages.__all__, "importing messages registers every record class"
+
+
+class UnknownSchema(DecodeError):
+    """The record names a schema that this build does not know."""
+
+    code = "unknown_schema"
+
+
+class _Format:
+    """How one record class is written and read."""
+
+    __slots__ = ("cls", "from_datum", "header", "parsed", "to_datum")
+
+    def __init__(self, cls: type) -> None:
+        schema = avro_schema(cls)
+        self.cls = cls
+        self.parsed = parse_schema(schema)
+        self.header = MARKER + schema_fingerprint(schema)
+        self.to_datum = _writer(cls)
+        self.from_datum = _reader(cls)
+
+
+def schema_fingerprint(schema: dict[str, Any]) -> bytes:
+    """CRC-64-AVRO of the schema's parsing canonical form, in the byte order of the header."""
+    return bytes.fromhex(fingerprint(to_parsing_canonical_form(schema), "CRC-64-AVRO"))
+
+
+def encode(message: object) -> bytes:
+    """The record's bytes. Raises `TypeError` or `ValueError` for a record that does not fit its own schema."""
+    form = _BY_CLASS[type(message)]
+    out = io.BytesIO()
+    out.write(form.header)
+    schemaless_writer(out, form.parsed, form.to_datum(message))
+    return out.getvalue()
+
+
+def decode(data: bytes) -> Any:
+    """The record that `data` holds. Raises `UnknownSchema` or `DecodeError`; never anything else."""
+    if data[:2] != MARKER or len(data) < HEADER:
+        raise DecodeError(f"no single-object Avro record: begins with {data[:2].hex() or 'nothing'}, {len(data)} bytes")
+    known = _BY_HEADER.get(data[:HEADER])
+    if known is None:
+        raise UnknownSchema(f"unknown schema fingerprint {data[2:HEADER].hex()}")
+    form, writer = known
+    body = io.BytesIO(data)
+    body.seek(HEADER)
+    try:
+        datum = schemaless_reader(body, writer, None if writer is form.parsed else form.parsed,
+                                  return_record_name=True, return_record_name_override=True)  # fmt: skip
+    except Exception as error:  # fastavro raises many kinds on bad bytes; all mean the same here
+        raise DecodeError(f"bad {form.cls.__name__}: {type(error).__name__}: {error}") from error
+    if body.tell() != len(data):
+        raise DecodeError(f"bad {form.cls.__name__}: {len(data) - body.tell()} bytes behind its end")
+    return form.from_datum(datum)
+
+
+def decode_as(cls: type[R], data: bytes) -> R:
+    """`decode`, for a place where only records of `cls` belong. Raises `DecodeError`."""
+    message = decode(data)
+    if not isinstance(message, cls):
+        raise DecodeError(f"expected {cls.__name__}, found {type(message).__name__}")
+    return message
+
+
+def bounded(data: bytes, limit: int, what: str) -> bytes:
+    """`data`, if it is within `limit` bytes. Raises `ValueTooLarge`."""
+    if len(data) > limit:
+        raise ValueTooLarge(f"{what} is {len(data):,} bytes; at most {limit:,} are taken", field=what)
+    return data
+
+
+def replace(message: R, **changes: Any) -> R:
+    """A copy of a record with some fields changed: `dataclasses.replace` without its cost."""
+    made: R = object.__new__(type(message))
+    made.__dict__.update(message.__dict__)
+    made.__dict__.update(changes)
+    return made
+
+
+def published_schemas() -> dict[str, dict[str, Any]]:
+    """Fingerprint (hex) -> schema, of every version this build reads."""
+    found = {f.header[2:].hex(): avro_schema(f.cls) for f in _BY_CLASS.values()}
+    return found | {schema_fingerprint(s).hex(): s for s in _older_versions()}
+
+
+# Between records and what fastavro reads and writes ------------------------------------------------------------------
+
+
+def _make(cls: type, datum: dict[str, Any]) -> Any:
+    made = object.__new__(cls)
+    made.__dict__.update(datum)
+    return made
+
+
+def _writer(cls: type) -> Callable[[Any], Any]:
+    nested = [(n, w) for n, hint in field_types(cls).items() if (w := _write_value(hint)) is not None]
+    if not nested:
+        return lambda message: message.__dict__
+
+    def write(message: Any) -> dict[str, Any]:
+        datum = dict(message.__dict__)
+        for name, convert in nested:
+            datum[name] = convert(datum[name])
+        return datum
+
+    return write
+
+
+def _reader(cls: type) -> Callable[[dict[str, Any]], Any]:
+    nested = [(n, r) for n, hint in field_types(cls).items() if (r := _read_value(hint)) is not None]
+
+    def read(datum: dict[str, Any]) -> Any:
+        for name, convert in nested:
+            datum[name] = convert(datum[name])
+        return _make(cls, datum)
+
+    return read
+
+
+def _write_value(hint: Any) -> Callable[[Any], Any] | None:
+    """How to turn a field's value into what fastavro writes; None: it is that already."""
+    hint, optional = _core(hint)
+    arms = _record_arms(hint)
+    if len(arms) > 1:
+        writers = {a: (a.avro_name, _writer(a)) for a in arms}
+        return lambda v: (writers[type(v)][0], writers[type(v)][1](v))
+    if get_origin(hint) is list and (inner := _write_value(get_args(hint)[0])) is not None:
+        return lambda v: None if v is None else [inner(item) for item in v]
+    if arms:
+        single = _writer(arms[0])
+        return (lambda v: None if v is None else single(v)) if optional else single
+    return None
+
+
+def _read_value(hint: Any) -> Callable[[Any], Any] | None:
+    hint, optional = _core(hint)
+    arms = _record_arms(hint)
+    if len(arms) > 1:
+        readers = {a.avro_name: _reader(a) for a in arms}
+        return lambda v: readers[v[0]](v[1])
+    if get_origin(hint) is list and (inner := _read_value(get_args(hint)[0])) is not None:
+        return lambda v: None if v is None else [inner(item) for item in v]
+    if arms:
+        single = _reader(arms[0])
+        return (lambda v: None if v is None else single(v)) if optional else single
+    return None
+
+
+def _core(hint: Any) -> tuple[Any, bool]:
+    """The hint without annotations and without None, and whether None was in it."""
+    while get_origin(hint) is Annotated:
+        hint = get_args(hint)[0]
+    arms = [a for a in _arms(hint) if a is not type(None)]
+    if len(arms) == len(_arms(hint)):
+        return hint, False
+    return (arms[0] if len(arms) == 1 else typing.Union[tuple(arms)]), True  # noqa: UP007
+
+
+def _arms(hint: Any) -> tuple[Any, ...]:
+    return get_args(hint) if get_origin(hint) in (typing.Union, type(int | str)) else (hint,)
+
+
+def _record_arms(hint: Any) -> list[Any]:
+    return [a for a in _arms(hint) if isinstance(a, type) and is_dataclass(a)]
+
+
+def _older_versions() -> list[dict[str, Any]]:
+    """Schemas that earlier builds wrote and this one still reads."""
+    folder = resources.files("perdure.schemas") / "avro" / "old"
+    if not folder.is_dir():
+        return []
+    return [json.loads(f.read_text()) for f in sorted(folder.iterdir(), key=lambda f: f.name) if f.name.endswith(".avsc")]
+
+
+_BY_CLASS: dict[type, _Format] = {c: _Format(c) for c in registered().values()}
+_BY_HEADER: dict[bytes, tuple[_Format, Any]] = {f.header: (f, f.parsed) for f in _BY_CLASS.values()}
+_BY_NAME: dict[str, _Format] = {f.cls.avro_name: f for f in _BY_CLASS.values()}  # type: ignore[attr-defined]
+for _schema in _older_versions():
+    _form = _BY_NAME[f"{_schema['namespace']}.{_schema['name']}"]
+    _BY_HEADER.setdefault(MARKER + schema_fingerprint(_schema), (_form, parse_schema(_schema)))

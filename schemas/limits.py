@@ -1,0 +1,81 @@
+"""Every maximum and every standing interval, in one place. Sizes in bytes, times in ms."""
+
+from __future__ import annotations
+
+# Records
+RECORD_MAX = 512 * 1024
+"""A record on task-commands; the topic's max.message.bytes."""
+COMMAND_MAX = 448 * 1024
+"""A command: leaves room for the envelope when it is forwarded."""
+VALUE_MAX = 192 * 1024
+"""An input, step result, result or checkpoint record, until the claim-check store exists."""
+INBOX_MAX = 256 * 1024
+"""A grant or a page of steps."""
+OUTPUT_MAX = 1_000_000
+"""Any record that the engine writes; below the topics' max.message.bytes of 1 MiB with room for framing."""
+QUARANTINE_KEPT = 64 * 1024
+"""Bytes of a bad record that the quarantine keeps."""
+TOPIC_RECORD_MAX = 1_048_576
+"""max.message.bytes of every topic but task-commands."""
+LINE_MAX = 64 * 1024
+"""A log line."""
+TRACEBACK_MAX = 16 * 1024
+MESSAGE_MAX = 8 * 1024
+TEXT_MAX = 1024
+"""A label, reason, step name or other short text."""
+LABELS_MAX = 64
+LOCAL_ID_MAX = 512
+"""A local task id, UTF-8."""
+ROUTING_KEY_MAX = 128
+STEP_ID_MAX = 1024
+BATCH_TASKS_MAX = 1_000
+POSITIONS_MAX = 256
+"""Tracks open at the same time in one checkpoint."""
+MILESTONES_MAX = 1_000
+FIND_PREFIX_MIN = 8
+FIND_IDS_MAX = 100
+
+# Decoding
+DEPTH_MAX = 64
+"""Nesting of JSON and of Avro values."""
+ITEMS_MAX = 100_000
+"""Items of all arrays and maps of one record together."""
+
+# Engine
+BATCH_RECORDS = 1_000
+BATCH_BYTES = 8 * 1024 * 1024
+BATCH_MS = 50
+DECISION_KEYS = 1_000
+CHUNK = 150
+"""Tasks that one decision changes when it works through many."""
+TICK_TIMERS = 500
+STEPS_CHUNK = 500
+
+# Time
+BEAT_MS = 2_000
+LEASE_MS = 10_000
+START_DEADLINE_MS = 60_000
+CLOCK_AGREES_MS = 30_000
+"""A tick whose log time and host clock differ by more fires nothing; a forward jump of more needs confirmation."""
+CLOCK_BACK_MS = 1_000
+"""Backward steps of the log's clock up to this are waited out."""
+TICK_SPACING_MS = 50
+WAITER_MAX_MS = 60_000
+RETAIN_MS = 7 * 24 * 3600 * 1000
+"""How long the engine knows an ended task; dead letters stay until discarded."""
+ANSWER_MS = 24 * 3600 * 1000
+FORWARD_RESEND_MS = 5_000
+ORPHAN_AFTER_MS = 600_000
+VERDICT_MS = 5_000
+"""How long a client waits for the engine's verdict."""
+
+# Caps of the crash rules
+CRASHES_MAX = 5
+SESSIONS_LOST_MAX = 20
+KILLER_DEATHS = 3
+"""Times a record may kill the engine before it is quarantined unread."""
+
+DEFAULT_PARTITIONS = 8
+DEFAULT_QUEUE = "default"
+PRIORITY_MAX = 9
+DEFAULT_PRIORITY = 5

@@ -1,0 +1,118 @@
+"""User values as JSON text: canonical bytes in, Python values out, with limits on size and depth.
+
+What JSON has no form for is carried as an object with one reserved key, `$perdure`: dates, durations, bytes, sets,
+decimals, UUIDs. Dataclasses and pydantic models become plain objects. Nothing is ever unpickled.
+"""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import datetime as dt
+import decimal
+import enum
+import json
+import math
+import pathlib
+import uuid
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from perdure.schemas import limits
+from perdure.schemas.errors import DecodeError, NotSerializable, ValueTooLarge
+
+TAG = "$perdure"
+
+
+def dumps(value: Any, *, field: str, limit: int = limits.VALUE_MAX) -> bytes:
+    """Canonical JSON (sorted keys, no spaces, UTF-8) of a user's value.
+
+    Raises `NotSerializable` or `ValueTooLarge`, both naming `field`.
+    """
+    try:
+        text = json.dumps(_plain(value, field, 0), sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+        data = text.encode()
+    except (TypeError, ValueError, RecursionError) as error:
+        raise NotSerializable(f"{field} cannot be carried as JSON: {error}", field=field) from error
+    if len(data) > limit:
+        raise ValueTooLarge(f"{field} is {len(data):,} bytes of JSON; at most {limit:,} are taken", field=field)
+    return data
+
+
+def loads(data: bytes) -> Any:
+    """The Python value of JSON text written by `dumps`. Raises `DecodeError`."""
+    try:
+        return json.loads(data, object_hook=_revive)
+    except (ValueError, RecursionError) as error:
+        raise DecodeError(f"a recorded value is no JSON: {error}") from error
+
+
+def _plain(value: Any, field: str, depth: int) -> Any:
+    """`value` with only JSON's own types in it."""
+    if depth > limits.DEPTH_MAX:
+        raise NotSerializable(f"{field} is nested deeper than {limits.DEPTH_MAX} levels", field=field)
+    if value is None or isinstance(value, (bool, int)) and not isinstance(value, enum.Enum):
+        return value
+    if isinstance(value, enum.Enum):
+        return _plain(value.value, field, depth + 1)
+    if isinstance(value, str):
+        return str(value)
+    if isinstance(value, float):
+        if not math.isfinite(value):
+            raise NotSerializable(f"{field} holds {value}, which JSON has no form for", field=field)
+        return value
+    if isinstance(value, Mapping):
+        return {_key(k, field): _plain(v, field, depth + 1) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(v, field, depth + 1) for v in value]
+    for kind, write in _TAGGED.items():
+        if isinstance(value, kind):
+            name, inner = write(value)
+            return {TAG: name, "value": _plain(inner, field, depth + 1)}
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: _plain(getattr(value, f.name), field, depth + 1) for f in dataclasses.fields(value)}
+    if hasattr(value, "model_dump"):
+        return _plain(value.model_dump(mode="json"), field, depth + 1)
+    if hasattr(value, "item") and type(value).__module__ == "numpy":
+        return _plain(value.item(), field, depth + 1)
+    raise NotSerializable(f"{field} holds a {type(value).__module__}.{type(value).__qualname__}; give JSON values, "
+                          "dataclasses, pydantic models, dates, bytes, sets or paths", field=field)  # fmt: skip
+
+
+def _key(key: Any, field: str) -> str:
+    if isinstance(key, str):
+        return str(key)
+    raise NotSerializable(f"{field} has the key {key!r}; keys of JSON objects are text", field=field)
+
+
+_TAGGED: dict[type, Callable[[Any], tuple[str, Any]]] = {
+    dt.datetime: lambda v: ("datetime", v.isoformat()),
+    dt.date: lambda v: ("date", v.isoformat()),
+    dt.time: lambda v: ("time", v.isoformat()),
+    dt.timedelta: lambda v: ("timedelta", [v.days, v.seconds, v.microseconds]),
+    bytes: lambda v: ("bytes", base64.b64encode(v).decode()),
+    decimal.Decimal: lambda v: ("decimal", str(v)),
+    uuid.UUID: lambda v: ("uuid", str(v)),
+    pathlib.PurePath: lambda v: ("path", str(v)),
+    frozenset: lambda v: ("frozenset", sorted(v, key=repr)),
+    set: lambda v: ("set", sorted(v, key=repr)),
+}
+
+_REVIVERS: dict[str, Callable[[Any], Any]] = {
+    "datetime": dt.datetime.fromisoformat,
+    "date": dt.date.fromisoformat,
+    "time": dt.time.fromisoformat,
+    "timedelta": lambda v: dt.timedelta(*v),
+    "bytes": base64.b64decode,
+    "decimal": decimal.Decimal,
+    "uuid": uuid.UUID,
+    "path": pathlib.Path,
+    "frozenset": frozenset,
+    "set": set,
+}
+
+
+def _revive(value: dict[str, Any]) -> Any:
+    if value.keys() == {TAG, "value"} and isinstance(value[TAG], str) and value[TAG] in _REVIVERS:
+        return _REVIVERS[value[TAG]](value["value"])
+    return value

@@ -1,0 +1,158 @@
+"""The log, as everything else in Perdure sees it: an interface with a Kafka and an in-memory implementation.
+
+Topics are named without the namespace's prefix. An offset of x means "the next record to read is x". `at` is the
+record's log-append time in ms. One conformance suite (tests/conformance/test_log.py) runs on both implementations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+from perdure.schemas.errors import InfrastructureError
+
+BEGIN = -2
+END = -1
+
+TopicPartition = tuple[str, int]
+OnAck = Callable[[int, InfrastructureError | None], None]
+"""Called with the record's offset (-1 on error) and the error; on a thread of the log's own."""
+
+
+@dataclass(slots=True)
+class Record:
+    """One record of a topic partition."""
+
+    topic: str
+    partition: int
+    offset: int
+    at: int
+    key: bytes | None
+    value: bytes | None
+
+
+class TransactionAborted(InfrastructureError):
+    """The transaction is undone as a whole; the same input may be executed again with the same producer."""
+
+    code = "aborted"
+
+
+class OutcomeUnknown(InfrastructureError):
+    """Nobody can say whether the transaction was committed: take a new producer of the same name and read back."""
+
+    code = "outcome_unknown"
+
+
+class Producer(Protocol):
+    """Appends without transactions: idempotent, `acks=all`, ordered per partition. Thread-safe."""
+
+    def append(self, topic: str, partition: int, key: bytes | None, value: bytes | None, on_ack: OnAck | None = None) -> None:
+        """Hand a record over; returns at once, `on_ack` follows. Blocks only while the local queue is full.
+
+        Raises `ValueTooLarge` for a record above the producer's limit.
+        """
+
+    def flush(self, timeout_s: float) -> bool:
+        """Wait until everything handed over is acknowledged or failed; False if `timeout_s` ran out."""
+
+    def close(self) -> None:
+        """Flush for at most 5 s and let go."""
+
+
+class Member(Protocol):
+    """A consumer that shares the partitions of some topics with the other members of its group."""
+
+    def read(self, max_records: int, timeout_s: float) -> list[Record]:
+        """At most `max_records`; waits up to `timeout_s` for the first, not for more. Runs the rebalance callbacks."""
+
+    def committed(self, wanted: Iterable[TopicPartition]) -> dict[TopicPartition, int | None]:
+        """The group's committed offsets; None where there is none. Blocks for at most 10 s, then `Unreachable`."""
+
+    def seek(self, topic: str, partition: int, offset: int) -> None:
+        """Read on from `offset`; records of the partition already handed to the local queue are dropped."""
+
+    def pause(self, wanted: Iterable[TopicPartition]) -> None:
+        """Stop fetching these partitions, keeping them assigned."""
+
+    def resume(self, wanted: Iterable[TopicPartition]) -> None:
+        """Fetch these partitions again."""
+
+    def close(self) -> None:
+        """Leave, or with a static instance id just stop."""
+
+
+class Transactional(Protocol):
+    """A transactional producer of a stable name; creating it fences every older one of that name.
+
+    Not thread-safe, but its methods may be called from different threads in turn.
+    """
+
+    def begin(self) -> None:
+        """Begin a transaction. Raises `Fenced`."""
+
+    def append(self, topic: str, partition: int, key: bytes | None, value: bytes | None, on_ack: OnAck | None = None) -> None:
+        """Add a record to the open transaction."""
+
+    def commit(self, member: Member, offsets: Mapping[TopicPartition, int]) -> None:
+        """Commit records and input offsets as one. Blocks until it is known.
+
+        Raises `TransactionAborted`, `Fenced` or `OutcomeUnknown`; after the latter two this producer is useless.
+        """
+
+    def abort(self) -> None:
+        """Undo the open transaction. Raises `Fenced` or `OutcomeUnknown`."""
+
+    def close(self) -> None:
+        """Let go; an open transaction is aborted by the broker later."""
+
+
+class Reader(Protocol):
+    """Reads chosen partitions from chosen offsets, in no group."""
+
+    def assign(self, positions: Mapping[TopicPartition, int]) -> None:
+        """Read these partitions and no others; an offset, BEGIN or END for each."""
+
+    def read(self, max_records: int, timeout_s: float) -> list[Record]:
+        """At most `max_records`; waits up to `timeout_s` for the first, not for more."""
+
+    def bounds(self, topic: str, partition: int) -> tuple[int, int]:
+        """(first offset kept, offset after the last record appended, uncommitted ones included). Blocks ≤ 10 s."""
+
+    def caught_up(self, topic: str, partition: int, target: int) -> bool:
+        """Whether everything below `target` that can be read has been read (holes and markers are passed over)."""
+
+    def close(self) -> None:
+        """Let go."""
+
+
+class Log(Protocol):
+    """A namespace's topics."""
+
+    @property
+    def partitions(self) -> int:
+        """The pinned partition count of the partitioned topics."""
+
+    def producer(self) -> Producer:
+        """A new producer without transactions."""
+
+    def transactional(self, name: str) -> Transactional:
+        """A new transactional producer; blocks until older ones of that name are fenced (seconds at the most)."""
+
+    def reader(self, *, committed: bool = True) -> Reader:
+        """A new reader; `committed=False` also reads open and aborted transactions."""
+
+    def member(
+        self,
+        group: str,
+        topics: Iterable[str],
+        *,
+        instance: str | None = None,
+        committed: bool = True,
+        on_assigned: Callable[[list[TopicPartition]], None],
+        on_revoked: Callable[[list[TopicPartition], bool], None],
+    ) -> Member:
+        """Join a group. `on_revoked` is told whether the partitions are lost already (nothing may be committed)."""
+
+    def topic_id(self, topic: str) -> str:
+        """An id that changes when the topic is deleted and created again."""
