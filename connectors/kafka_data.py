@@ -1,9 +1,9 @@
 """The data folder of an embedded broker: its lock, its identity, its ports, its settings file.
 
-    broker.lock         locked while a broker lives; holds the process ids
-    broker.json         whose data this is: Kafka version, cluster id, ports
-    server.properties   written at every start
-    data/               Kafka's logs             logs/   broker.log, jvm.log
+- `broker.lock`: locked while a broker lives; holds the process ids
+- `broker.json`: whose data this is: Kafka version, cluster id, ports
+- `server.properties`: written at every start
+- `data/`: Kafka's logs; `logs/`: `broker.log`, `jvm.log`
 """
 
 from __future__ import annotations
@@ -146,6 +146,20 @@ class KafkaData:
         settings = broker_settings(identity, self._kafka_logs) | dict(extra)
         _write(self.properties_file, "".join(f"{key}={_escaped(value)}\n" for key, value in settings.items()))
 
+    def fresh_logs(self) -> None:
+        """Set the logs of the last run aside as `*.previous`, so that what is there next was written by this one."""
+        for log in (self.broker_log, self.jvm_log):
+            with suppress(FileNotFoundError):
+                log.replace(log.with_name(f"{log.name}.previous"))
+
+    def words(self) -> list[str]:
+        """Every line that the present run has logged, Kafka's own after Java's."""
+        lines: list[str] = []
+        for log in (self.jvm_log, self.broker_log):
+            with suppress(FileNotFoundError):
+                lines += log.read_text(encoding="utf-8", errors="replace").splitlines()
+        return lines
+
     def _written_cluster_id(self) -> str | None:
         with suppress(FileNotFoundError):
             for line in (self._kafka_logs / "meta.properties").read_text(encoding="utf-8").splitlines():
@@ -171,6 +185,7 @@ def broker_settings(identity: Identity, kafka_logs: Path) -> dict[str, str]:
         "min.insync.replicas": "1",
         "offsets.topic.replication.factor": "1",
         "offsets.topic.num.partitions": "4",
+        "offsets.retention.minutes": str(365 * 24 * 60),  # a laptop may be off for weeks; Kafka's default is one
         "transaction.state.log.replication.factor": "1",
         "transaction.state.log.min.isr": "1",
         "transaction.state.log.num.partitions": "4",
@@ -185,9 +200,10 @@ def broker_settings(identity: Identity, kafka_logs: Path) -> dict[str, str]:
         "num.io.threads": "4",
         "background.threads": "2",
         "num.recovery.threads.per.data.dir": "2",
-        # After a kill the controller lets the same broker back in only when its old session is over.
-        "broker.session.timeout.ms": "3000",
-        "broker.heartbeat.interval.ms": "500",
+        # After a kill the controller lets the same broker back in only when its old session is over: with Kafka's
+        # 9 s a restart takes 11 s. A stall beyond the session fences the broker for a moment; producers just go on.
+        "broker.session.timeout.ms": "1500",
+        "broker.heartbeat.interval.ms": "300",
     }
 
 

@@ -1,7 +1,7 @@
-"""Kafka's jars: 46 pinned files, fetched once from Maven Central into a per-user cache, each checked against its SHA-256.
+"""Kafka's jars: 46 pinned files, fetched once from Maven Central into a per-user cache, each checked by its SHA-256.
 
-`PERDURE_KAFKA_HOME` (an unpacked Kafka) and `PERDURE_KAFKA_LIBS` (a folder of jars) win over the pinned set. The cache is
-one folder per lock file, put in place by a rename: it is whole or absent.
+`PERDURE_KAFKA_HOME` (an unpacked Kafka) and `PERDURE_KAFKA_LIBS` (a folder of jars) win over the pinned set. The cache
+is one folder per lock file, put in place by a rename: it is whole or absent.
 """
 
 from __future__ import annotations
@@ -102,10 +102,10 @@ def pinned_jars(
 
 
 def _jars_of(folder: Path, setting: str) -> KafkaJars:
-    jars = sorted(folder.glob("*.jar"))
+    jars = sorted(folder.absolute().glob("*.jar"))
     versions = [found[1] for jar in jars if (found := re.fullmatch(r"kafka_2\.\d+-(\d[\w.-]*)\.jar", jar.name))]
     if len(versions) != 1:
-        raise ConfigurationError(f"{setting}: {folder} must hold exactly one kafka_2.x-VERSION.jar, not {len(versions)}")
+        raise ConfigurationError(f"{setting}: {folder} must hold one kafka_2.x-VERSION.jar, not {len(versions)}")
     facts = "\n".join(f"{jar.resolve()} {jar.stat().st_size} {jar.stat().st_mtime_ns}" for jar in jars)
     return KafkaJars(versions[0], tuple(jars), hashlib.sha256(facts.encode()).hexdigest()[:12])
 
@@ -197,7 +197,7 @@ def _progress(total: int, say: Callable[[str], None], title: str) -> Iterator[Ca
     """Yield a function that advances by bytes: a bar on a terminal, elsewhere only the title."""
     if not sys.stderr.isatty():
         say(title)
-        yield lambda size: None
+        yield lambda _size: None
         return
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn

@@ -2,8 +2,8 @@
 
 Run as a script (`python -I -S kafka_keeper.py ...`), never imported: standard library only, one thread.
 
-Why a process of its own: the kernel's "signal me when my parent dies" fires when the *thread* that forked dies, so it is
-exact only below a process with one thread; and a held pipe stays open in every forked child of the owner. The keeper
+Why a process of its own: the kernel's "signal me when my parent dies" fires when the *thread* that forked dies, so it
+is exact only below a process with one thread; and a held pipe stays open in every forked child of the owner. The keeper
 watches the owner through a pidfd, which neither threads nor forks disturb, so the broker still gets a clean shutdown
 when its owner is killed with SIGKILL. If the keeper itself is killed, the kernel kills the JVM.
 

@@ -18,7 +18,7 @@ from perdure.schemas.errors import InfrastructureError
 FRAME_MAX = 8 * 1024 * 1024
 
 
-class Frame(msgspec.Struct, tag=True, array_like=True, frozen=True):
+class Frame(msgspec.Struct, tag=True, array_like=True):
     """Root of all frames."""
 
 

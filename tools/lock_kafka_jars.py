@@ -3,7 +3,8 @@
     python tools/lock_kafka_jars.py
 
 Maven works out the closure (`mvn` must be on PATH; a temporary pom and local repository are used, so nothing but the
-lock file changes), and each file it fetched is hashed. Edit the versions below, run, read the difference, run the tests.
+lock file changes), and each file it fetched is hashed. Edit the versions below, run, read the
+difference, run the tests.
 """
 
 from __future__ import annotations
