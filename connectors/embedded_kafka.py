@@ -40,6 +40,7 @@ _LOG_SETTINGS = Path(__file__).with_name("kafka_log4j2.properties")
 _AOT_CACHE_MAJOR = 25  # from here on Java's own AOT cache does more than a class-data archive
 _PORT_ATTEMPTS = 3
 _POLL_S = 0.02
+_KILL_S = 10.0
 _TROUBLE = re.compile("ERROR|FATAL|Exception|Error")
 _T = TypeVar("_T")
 _SILENT = logging.getLogger("perdure.kafka.probe")
@@ -84,7 +85,8 @@ class EmbeddedKafka:
         self._port = port
         self._log = log
         self._properties = dict(properties or {})
-        self._owner = 0 if detached else owner or os.getpid()
+        self._detached = detached
+        self._owner = owner
         self._identity: Identity | None = None
         self._jvm: psutil.Process | None = None
         self._keeper: psutil.Process | None = None
@@ -135,6 +137,7 @@ class EmbeddedKafka:
                 self._await_ready(deadline, timeout_s)
                 return self.bootstrap
             except _PortTaken:
+                self.stop()
                 if self._port is not None or attempt == _PORT_ATTEMPTS:
                     raise
             except BaseException:
@@ -146,6 +149,7 @@ class EmbeddedKafka:
         """Stop the broker cleanly; kill it when that takes longer. Returns when its processes are gone.
 
         The first clean stop on a machine may take some seconds more: the JVM then writes its class-data archive.
+        Raises InfrastructureError when even the kill does not end them.
         """
         if self._jvm is not None and self._keeper is not None:
             _end(self._keeper, self._jvm, timeout_s)
@@ -165,10 +169,11 @@ class EmbeddedKafka:
             archive = _class_archive(java, jars)
             if not self._data.is_formatted():
                 self._format(java, jars, archive)
+            owner = 0 if self._detached else self._owner or os.getpid()
             new_archive = self._data.folder / "class-archive.new"
             learns = archive is not None and not archive.exists()
             jvm = self._java(java, jars, archive, new_archive if learns else None)
-            keeper = [sys.executable, "-I", "-S", _KEEPER, lock_fd, self._owner, new_archive, archive if learns else ""]
+            keeper = [sys.executable, "-I", "-S", _KEEPER, lock_fd, owner, new_archive, archive if learns else ""]
             with self._data.jvm_log.open("ab") as output:
                 answer = subprocess.run(
                     [str(part) for part in (*keeper, *jvm, "kafka.Kafka", self._data.properties_file)],
@@ -248,15 +253,18 @@ def running(data_dir: Path, timeout_s: float = 3) -> RunningKafka | None:
 def stop_running(data_dir: Path, timeout_s: float = 30) -> bool:
     """Stop the broker that runs on this folder, whoever started it; False when there is none.
 
-    Blocks until its processes are gone: a clean stop, then, after `timeout_s`, a kill.
+    Blocks until its processes are gone: a clean stop, then, after `timeout_s`, a kill. Raises InfrastructureError when
+    even that does not end them.
     """
     data = KafkaData(Path(data_dir))
-    holder = data.holder()
-    if not holder or not data.is_locked():
-        return False
-    with suppress(psutil.NoSuchProcess):
-        _end(psutil.Process(holder["keeper"]), psutil.Process(holder["pid"]), timeout_s)
-    return True
+    while data.is_locked():
+        holder = data.holder()
+        if holder:
+            with suppress(psutil.NoSuchProcess):
+                _end(psutil.Process(holder["keeper"]), psutil.Process(holder["pid"]), timeout_s)
+            return True
+        time.sleep(_POLL_S)  # somebody is preparing a broker: a second or two
+    return False
 
 
 def _class_archive(java: Java, jars: KafkaJars) -> Path | None:
@@ -296,9 +304,17 @@ def _end(keeper: psutil.Process, jvm: psutil.Process, timeout_s: float) -> None:
     """Ask the keeper to stop the JVM; at the deadline kill the JVM, which lets the keeper end by itself."""
     with suppress(psutil.NoSuchProcess):
         keeper.send_signal(signal.SIGTERM)
+    if not _ended(keeper, jvm, timeout_s):
+        with suppress(psutil.NoSuchProcess):
+            jvm.kill()
+        if not _ended(keeper, jvm, _KILL_S):
+            raise InfrastructureError(f"Kafka (pid {jvm.pid}, keeper {keeper.pid}) does not end, even when killed")
+
+
+def _ended(keeper: psutil.Process, jvm: psutil.Process, timeout_s: float) -> bool:
     deadline = time.monotonic() + timeout_s
     while _lives(keeper) or _lives(jvm):
         if time.monotonic() > deadline:
-            with suppress(psutil.NoSuchProcess):
-                jvm.kill()
+            return False
         time.sleep(_POLL_S)
+    return True

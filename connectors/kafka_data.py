@@ -71,8 +71,8 @@ class KafkaData:
                 if time.monotonic() - began > (_STOPPING_S if holder.get("stopping") else _PROBE_S):
                     who = f"pid {holder['pid']}" if holder else "just being started"
                     raise ConfigurationError(
-                        f"a broker already runs on {self.folder} ({who}): stop it with `perdure kafka stop`, "
-                        "or use another data folder"
+                        f"a broker already runs on {self.folder} ({who}): stop it with "
+                        f"`perdure kafka stop --data-dir {self.folder}`, or use another data folder"
                     )
                 time.sleep(0.02)
             os.ftruncate(fd, 0)
@@ -203,7 +203,8 @@ def broker_settings(identity: Identity, kafka_logs: Path) -> dict[str, str]:
         # After a kill the controller lets the same broker back in only when its old session is over: with Kafka's
         # 9 s a restart takes 11 s. A stall beyond the session fences the broker for a moment; producers just go on.
         "broker.session.timeout.ms": "1500",
-        "broker.heartbeat.interval.ms": "300",
+        "broker.heartbeat.interval.ms": "500",
+        "metadata.max.idle.interval.ms": "0",  # no empty records twice a second: an idle broker stays idle
     }
 
 

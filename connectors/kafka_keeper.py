@@ -41,7 +41,9 @@ def main(lock_fd: int, owner: int, new_archive: str, archive: str, *java: str) -
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: None)
     jvm = _start(java, lock_fd)
-    _announce(lock_fd, {"pid": jvm.pid, "keeper": os.getpid()})
+    who = {"pid": jvm.pid, "keeper": os.getpid()}
+    _note(lock_fd, who)
+    print(json.dumps(who), flush=True)
     os.dup2(2, 1)  # whoever reads our answer sees its end
 
     watched = select.poll()
@@ -49,8 +51,8 @@ def main(lock_fd: int, owner: int, new_archive: str, archive: str, *java: str) -
         if fd is not None:
             watched.register(fd, select.POLLIN)
     watched.poll()
+    _note(lock_fd, who | {"stopping": True})
     if jvm.poll() is None:
-        _note(lock_fd, {"pid": jvm.pid, "keeper": os.getpid(), "stopping": True})
         jvm.terminate()
         try:
             jvm.wait(_GRACE_S)
@@ -71,11 +73,6 @@ def _start(java: tuple[str, ...], lock_fd: int) -> subprocess.Popen[bytes]:
             os._exit(1)
 
     return subprocess.Popen(java, stdin=subprocess.DEVNULL, stdout=2, pass_fds=(lock_fd,), preexec_fn=die_with_keeper)
-
-
-def _announce(lock_fd: int, facts: dict[str, int]) -> None:
-    _note(lock_fd, dict(facts))
-    print(json.dumps(facts), flush=True)
 
 
 def _note(lock_fd: int, facts: dict[str, int]) -> None:

@@ -40,7 +40,7 @@ class UnknownSchema(DecodeError):
 class _Format:
     """How one record class is written and read."""
 
-    __slots__ = ("cls", "from_datum", "header", "parsed", "to_datum")
+    __slots__ = ("cls", "from_datum", "from_older", "header", "parsed", "to_datum")
 
     def __init__(self, cls: type) -> None:
         schema = avro_schema(cls)
@@ -49,6 +49,7 @@ class _Format:
         self.header = MARKER + schema_fingerprint(schema)
         self.to_datum = _writer(cls)
         self.from_datum = _reader(cls)
+        self.from_older = _reader(cls, older=True)
 
 
 def schema_fingerprint(schema: dict[str, Any]) -> bytes:
@@ -57,11 +58,16 @@ def schema_fingerprint(schema: dict[str, Any]) -> bytes:
 
 
 def encode(message: object) -> bytes:
-    """The record's bytes. Raises `TypeError` or `ValueError` for a record that does not fit its own schema."""
-    form = _BY_CLASS[type(message)]
+    """The record's bytes. Raises `TypeError` or `ValueError` for what is no record or does not fit its own schema."""
+    form = _BY_CLASS.get(type(message))
+    if form is None:
+        raise TypeError(f"{type(message).__qualname__} is no record class")
     out = io.BytesIO()
     out.write(form.header)
-    schemaless_writer(out, form.parsed, form.to_datum(message))
+    try:
+        schemaless_writer(out, form.parsed, form.to_datum(message))
+    except (AttributeError, KeyError, OverflowError) as error:
+        raise ValueError(f"no valid {form.cls.__name__}: {type(error).__name__}: {error}") from error
     return out.getvalue()
 
 
@@ -72,17 +78,17 @@ def decode(data: bytes) -> Any:
     known = _BY_HEADER.get(data[:HEADER])
     if known is None:
         raise UnknownSchema(f"unknown schema fingerprint {data[2:HEADER].hex()}")
-    form, writer = known
+    cls, writer, from_datum = known
     body = io.BytesIO(data)
     body.seek(HEADER)
     try:
-        datum = schemaless_reader(body, writer, None if writer is form.parsed else form.parsed,
-                                  return_record_name=True, return_record_name_override=True)  # fmt: skip
+        datum: Any = schemaless_reader(body, writer, None, return_record_name=True, return_record_name_override=True)
+        message = from_datum(datum)
     except Exception as error:  # fastavro raises many kinds on bad bytes; all mean the same here
-        raise DecodeError(f"bad {form.cls.__name__}: {type(error).__name__}: {error}") from error
+        raise DecodeError(f"bad {cls.__name__}: {type(error).__name__}: {error}") from error
     if body.tell() != len(data):
-        raise DecodeError(f"bad {form.cls.__name__}: {len(data) - body.tell()} bytes behind its end")
-    return form.from_datum(datum)
+        raise DecodeError(f"bad {cls.__name__}: {len(data) - body.tell()} bytes behind its end")
+    return message
 
 
 def decode_as(cls: type[R], data: bytes) -> R:
@@ -108,6 +114,19 @@ def replace(message: R, **changes: Any) -> R:
     return made
 
 
+def read_also(schema: dict[str, Any]) -> None:
+    """From now on also decode records that were written with this older schema of a record class.
+
+    Fields that it lacks get the class's defaults, fields that the class lacks are dropped, types have to be the same:
+    fastavro's own schema resolution would give text as the default of bytes, and one list as the default of all.
+    Raises `ValueError` if no class has the schema's name.
+    """
+    form = _BY_NAME.get(f"{schema['namespace']}.{schema['name']}")
+    if form is None:
+        raise ValueError(f"no record class is named {schema['namespace']}.{schema['name']}")
+    _BY_HEADER.setdefault(MARKER + schema_fingerprint(schema), (form.cls, parse_schema(schema), form.from_older))
+
+
 def published_schemas() -> dict[str, dict[str, Any]]:
     """Fingerprint (hex) -> schema, of every version this build reads."""
     found = {f.header[2:].hex(): avro_schema(f.cls) for f in _BY_CLASS.values()}
@@ -118,7 +137,7 @@ def published_schemas() -> dict[str, dict[str, Any]]:
 
 
 def _make(cls: type, datum: dict[str, Any]) -> Any:
-    made = object.__new__(cls)
+    made: Any = object.__new__(cls)
     made.__dict__.update(datum)
     return made
 
@@ -137,15 +156,22 @@ def _writer(cls: type) -> Callable[[Any], Any]:
     return write
 
 
-def _reader(cls: type) -> Callable[[dict[str, Any]], Any]:
-    nested = [(n, r) for n, hint in field_types(cls).items() if (r := _read_value(hint)) is not None]
+def _reader(cls: type, older: bool = False) -> Callable[[dict[str, Any]], Any]:
+    hints = field_types(cls)
+    nested = [(n, r) for n, hint in hints.items() if (r := _read_value(hint, older)) is not None]
+
+    def read_older(datum: dict[str, Any]) -> Any:
+        for name, convert in nested:
+            if name in datum:
+                datum[name] = convert(datum[name])
+        return cls(**{name: value for name, value in datum.items() if name in hints})
 
     def read(datum: dict[str, Any]) -> Any:
         for name, convert in nested:
             datum[name] = convert(datum[name])
         return _make(cls, datum)
 
-    return read
+    return read_older if older else read
 
 
 def _write_value(hint: Any) -> Callable[[Any], Any] | None:
@@ -163,16 +189,16 @@ def _write_value(hint: Any) -> Callable[[Any], Any] | None:
     return None
 
 
-def _read_value(hint: Any) -> Callable[[Any], Any] | None:
+def _read_value(hint: Any, older: bool) -> Callable[[Any], Any] | None:
     hint, optional = _core(hint)
     arms = _record_arms(hint)
     if len(arms) > 1:
-        readers = {a.avro_name: _reader(a) for a in arms}
+        readers = {a.avro_name: _reader(a, older) for a in arms}
         return lambda v: readers[v[0]](v[1])
-    if get_origin(hint) is list and (inner := _read_value(get_args(hint)[0])) is not None:
+    if get_origin(hint) is list and (inner := _read_value(get_args(hint)[0], older)) is not None:
         return lambda v: None if v is None else [inner(item) for item in v]
     if arms:
-        single = _reader(arms[0])
+        single = _reader(arms[0], older)
         return (lambda v: None if v is None else single(v)) if optional else single
     return None
 
@@ -198,14 +224,14 @@ def _record_arms(hint: Any) -> list[Any]:
 def _older_versions() -> list[dict[str, Any]]:
     """Schemas that earlier builds wrote and this one still reads."""
     folder = resources.files("perdure.schemas") / "avro" / "old"
-    if not folder.is_dir():
-        return []
-    return [json.loads(f.read_text()) for f in sorted(folder.iterdir(), key=lambda f: f.name) if f.name.endswith(".avsc")]
+    files = sorted(folder.iterdir(), key=lambda f: f.name) if folder.is_dir() else []
+    return [json.loads(f.read_text()) for f in files if f.name.endswith(".avsc")]
 
 
 _BY_CLASS: dict[type, _Format] = {c: _Format(c) for c in registered().values()}
-_BY_HEADER: dict[bytes, tuple[_Format, Any]] = {f.header: (f, f.parsed) for f in _BY_CLASS.values()}
+_BY_HEADER: dict[bytes, tuple[type, Any, Callable[[dict[str, Any]], Any]]] = {
+    f.header: (f.cls, f.parsed, f.from_datum) for f in _BY_CLASS.values()
+}
 _BY_NAME: dict[str, _Format] = {f.cls.avro_name: f for f in _BY_CLASS.values()}  # type: ignore[attr-defined]
 for _schema in _older_versions():
-    _form = _BY_NAME[f"{_schema['namespace']}.{_schema['name']}"]
-    _BY_HEADER.setdefault(MARKER + schema_fingerprint(_schema), (_form, parse_schema(_schema)))
+    read_also(_schema)

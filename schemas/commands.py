@@ -182,6 +182,14 @@ class ForwardedAck:
     hmac: A[bytes, "HMAC-SHA256 by the engine key over the record's bytes before this field."] = b""
 
 
+@record("hosts")
+class LookUp:
+    """A command for a task whose partition is unknown, on its way through the partitions; only inside Forwarded."""
+
+    record: A[bytes, "The command, encoded."]
+    left: A[list[int], "Partitions still to be asked."]
+
+
 @record("sessions")
 class WorkerStarted:
     """Announces one life of a worker process to a partition; ends older sessions of the same worker id."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime as dt
-import math
 import re
 
 from perdure.schemas.errors import InvalidRequest
@@ -20,6 +19,7 @@ _UNITS_MS = {
 }  # fmt: skip
 _PART = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([a-z]+)\s*,?")
 MAX_MS = 100 * 365 * 86_400_000
+TEXT_LENGTH_MAX = 100
 
 
 def to_ms(value: Duration, *, field: str, positive: bool = True) -> int:
@@ -34,11 +34,11 @@ def _ms(value: Duration, field: str) -> int:
     if isinstance(value, dt.timedelta):
         return round(value.total_seconds() * 1000)
     if isinstance(value, (int, float)) and not isinstance(value, bool):
-        if not math.isfinite(value):
-            raise InvalidRequest(f"{field}: {value!r} is no duration", field=field)
+        if not 0 <= value <= MAX_MS:  # false for NaN too
+            raise InvalidRequest(f"{field}: no number of seconds between 1 ms and 100 years", field=field)
         return round(value * 1000)
-    if not isinstance(value, str):
-        raise InvalidRequest(f"{field}: {value!r} is no duration; write '90s', '5 minutes' or '6h'", field=field)
+    if not isinstance(value, str) or len(value) > TEXT_LENGTH_MAX:
+        raise InvalidRequest(f"{field}: {value!r:.100} is no duration; write '90s', '5 minutes' or '6h'", field=field)
     text = value.strip().lower()
     if re.fullmatch(r"\d+(\.\d+)?", text):
         return round(float(text) * 1000)

@@ -125,3 +125,8 @@ def grant_token(engine_key: bytes, task_id: str, epoch: int, session: str) -> by
     task, who = task_id.encode(), session.encode()
     text = len(task).to_bytes(4, "big") + task + epoch.to_bytes(8, "big") + who
     return hmac.new(engine_key, text, hashlib.sha256).digest()
+
+
+def tokens_equal(one: bytes, other: bytes) -> bool:
+    """Compare two tokens in constant time."""
+    return hmac.compare_digest(one, other)

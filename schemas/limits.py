@@ -28,7 +28,7 @@ LOCAL_ID_MAX = 512
 """A local task id, UTF-8."""
 ROUTING_KEY_MAX = 128
 STEP_ID_MAX = 1024
-BATCH_TASKS_MAX = 1_000
+BATCH_TASKS_MAX = 100
 POSITIONS_MAX = 256
 """Tracks open at the same time in one checkpoint."""
 MILESTONES_MAX = 1_000

@@ -67,7 +67,6 @@ class TaskState:
     steps_completed: A[int, "Steps recorded in all."] = 0
     milestones: A[list[str], "Milestones reached, in order."] = field(default_factory=list)
     checkpoint: A[CheckpointRef | None, "The newest recorded checkpoint."] = None
-    retiring: A[bool, "Whether steps made unnecessary by the checkpoint are still being removed."] = False
     crashes: A[int, "Process deaths in a row without a new step or checkpoint."] = 0
     sessions_lost: A[int, "Sessions lost under this task."] = 0
     error: A[ErrorInfo | None, "The last error."] = None
@@ -157,6 +156,7 @@ class Clock:
 
     offset: A[int, "Partition time minus log time, ms."] = 0
     unconfirmed: A[int, "Forward jump not yet confirmed, ms."] = 0
+    shift: A[int, "What timers of the closed window are still to be moved back by, ms."] = 0
 
 
 @record("rows")
@@ -217,6 +217,7 @@ class Position:
     """How far the input is executed; written with every transaction. After a restore it is the truth."""
 
     offset: A[int, "Next offset of task-commands to execute."]
+    at: A[int, "Highest log time executed, ms."] = 0
 
 
 Row = (

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import itertools
 import json
 import os
 import secrets
@@ -39,10 +40,7 @@ class Keys:
 
     def rotated(self) -> Keys:
         """These keys and a newer one of each kind; the old ones still verify."""
-        return Keys(
-            worker=self.worker | {f"w{len(self.worker) + 1}": secrets.token_bytes(32)},
-            engine=self.engine | {f"e{len(self.engine) + 1}": secrets.token_bytes(32)},
-        )
+        return Keys(worker=_with_newer(self.worker, "w"), engine=_with_newer(self.engine, "e"))
 
     def newest_worker(self) -> tuple[str, bytes]:
         """(key id, secret) that workers sign with."""
@@ -57,7 +55,8 @@ class Keys:
         text = json.dumps({kind: {i: k.hex() for i, k in getattr(self, kind).items()} for kind in ("worker", "engine")})
         path.parent.mkdir(parents=True, exist_ok=True)
         fresh = path.with_name(path.name + ".new")
-        descriptor = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+        fresh.unlink(missing_ok=True)
+        descriptor = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         with os.fdopen(descriptor, "w") as out:
             out.write(text + "\n")
         fresh.rename(path)
@@ -68,7 +67,9 @@ class Keys:
         try:
             mode = path.stat().st_mode
             content: dict[str, dict[str, str]] = json.loads(path.read_text())
-            keys = cls(**{kind: {i: bytes.fromhex(k) for i, k in content[kind].items()} for kind in ("worker", "engine")})
+            keys = cls(
+                **{kind: {i: bytes.fromhex(k) for i, k in content[kind].items()} for kind in ("worker", "engine")}
+            )
         except FileNotFoundError as error:
             raise ConfigurationError(f"no key file at {path}; make one with: perdure keys new {path}") from error
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -77,7 +78,15 @@ class Keys:
             raise ConfigurationError(f"{path} can be read by others; run: chmod 600 {path}")
         if not keys.worker or not keys.engine:
             raise ConfigurationError(f"{path} holds no worker key or no engine key; make new ones: perdure keys new")
+        if any(len(key) < DIGEST for key in (*keys.worker.values(), *keys.engine.values())):
+            raise ConfigurationError(f"{path} holds a key of less than {DIGEST} bytes; make new ones: perdure keys new")
         return keys
+
+
+def _with_newer(keys: dict[str, bytes], prefix: str) -> dict[str, bytes]:
+    """`keys` and a fresh one under an id that none of them has, also when old ones were taken out."""
+    number = next(n for n in itertools.count(len(keys) + 1) if f"{prefix}{n}" not in keys)
+    return keys | {f"{prefix}{number}": secrets.token_bytes(DIGEST)}
 
 
 def signed(message: Any, key_id: str, key: bytes) -> bytes:
@@ -89,6 +98,6 @@ def signed(message: Any, key_id: str, key: bytes) -> bytes:
 def authentic(data: bytes, message: Any, keys: dict[str, bytes]) -> bool:
     """Whether the record `message`, read from `data`, was signed with one of `keys`."""
     key = keys.get(message.key_id)
-    if key is None or len(message.hmac) != DIGEST or data[-_TAIL : -DIGEST] != _LENGTH:
+    if key is None or len(message.hmac) != DIGEST or data[-_TAIL:-DIGEST] != _LENGTH:
         return False
     return hmac.compare_digest(message.hmac, hmac.new(key, data[:-_TAIL], hashlib.sha256).digest())

@@ -1,7 +1,8 @@
 """User values as JSON text: canonical bytes in, Python values out, with limits on size and depth.
 
 What JSON has no form for is carried as an object with one reserved key, `$perdure`: dates, durations, bytes, sets,
-decimals, UUIDs. Dataclasses and pydantic models become plain objects. Nothing is ever unpickled.
+decimals, UUIDs. A user's own object that has this key is carried as its list of pairs, so it comes back as it was.
+Dataclasses and pydantic models become plain objects, tuples lists. Nothing is ever unpickled.
 """
 
 from __future__ import annotations
@@ -30,7 +31,9 @@ def dumps(value: Any, *, field: str, limit: int = limits.VALUE_MAX) -> bytes:
     Raises `NotSerializable` or `ValueTooLarge`, both naming `field`.
     """
     try:
-        text = json.dumps(_plain(value, field, 0), sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+        text = json.dumps(
+            _plain(value, field, 0), sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False
+        )
         data = text.encode()
     except (TypeError, ValueError, RecursionError) as error:
         raise NotSerializable(f"{field} cannot be carried as JSON: {error}", field=field) from error
@@ -42,7 +45,7 @@ def dumps(value: Any, *, field: str, limit: int = limits.VALUE_MAX) -> bytes:
 def loads(data: bytes) -> Any:
     """The Python value of JSON text written by `dumps`. Raises `DecodeError`."""
     try:
-        return json.loads(data, object_hook=_revive)
+        return json.loads(data, object_hook=_revive, parse_constant=_no_constant)
     except (ValueError, RecursionError) as error:
         raise DecodeError(f"a recorded value is no JSON: {error}") from error
 
@@ -51,24 +54,28 @@ def _plain(value: Any, field: str, depth: int) -> Any:
     """`value` with only JSON's own types in it."""
     if depth > limits.DEPTH_MAX:
         raise NotSerializable(f"{field} is nested deeper than {limits.DEPTH_MAX} levels", field=field)
-    if value is None or isinstance(value, (bool, int)) and not isinstance(value, enum.Enum):
-        return value
     if isinstance(value, enum.Enum):
         return _plain(value.value, field, depth + 1)
+    if value is None or isinstance(value, int):
+        return value
     if isinstance(value, str):
-        return str(value)
+        return str.__str__(value)
     if isinstance(value, float):
         if not math.isfinite(value):
             raise NotSerializable(f"{field} holds {value}, which JSON has no form for", field=field)
         return value
     if isinstance(value, Mapping):
-        return {_key(k, field): _plain(v, field, depth + 1) for k, v in value.items()}
+        plain = {_key(k, field): _plain(v, field, depth + 1) for k, v in value.items()}
+        return {TAG: "object", "value": sorted(plain.items())} if TAG in plain else plain
     if isinstance(value, (list, tuple)):
         return [_plain(v, field, depth + 1) for v in value]
+    if isinstance(value, (set, frozenset)):
+        items = [_hashable(_plain(v, field, depth + 1), field) for v in value]
+        return {TAG: "set" if isinstance(value, set) else "frozenset", "value": sorted(items, key=_text)}
     for kind, write in _TAGGED.items():
         if isinstance(value, kind):
             name, inner = write(value)
-            return {TAG: name, "value": _plain(inner, field, depth + 1)}
+            return {TAG: name, "value": inner}
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {f.name: _plain(getattr(value, f.name), field, depth + 1) for f in dataclasses.fields(value)}
     if hasattr(value, "model_dump"):
@@ -81,8 +88,23 @@ def _plain(value: Any, field: str, depth: int) -> Any:
 
 def _key(key: Any, field: str) -> str:
     if isinstance(key, str):
-        return str(key)
+        return str.__str__(key)  # the text itself: str() of an enum member would be its name
     raise NotSerializable(f"{field} has the key {key!r}; keys of JSON objects are text", field=field)
+
+
+def _hashable(plain: Any, field: str) -> Any:
+    """`plain`, if a set can hold it again after it was read: objects come back as dicts, which no set can hold."""
+    if isinstance(plain, dict) and plain.get(TAG, "object") == "object":
+        raise NotSerializable(f"{field} holds a set of objects; give a list of them", field=field)
+    if isinstance(plain, list):
+        for item in plain:
+            _hashable(item, field)
+    return plain
+
+
+def _text(plain: Any) -> str:
+    """Orders the items of a set in the same way in every process."""
+    return json.dumps(plain, sort_keys=True)
 
 
 _TAGGED: dict[type, Callable[[Any], tuple[str, Any]]] = {
@@ -94,11 +116,10 @@ _TAGGED: dict[type, Callable[[Any], tuple[str, Any]]] = {
     decimal.Decimal: lambda v: ("decimal", str(v)),
     uuid.UUID: lambda v: ("uuid", str(v)),
     pathlib.PurePath: lambda v: ("path", str(v)),
-    frozenset: lambda v: ("frozenset", sorted(v, key=repr)),
-    set: lambda v: ("set", sorted(v, key=repr)),
 }
 
 _REVIVERS: dict[str, Callable[[Any], Any]] = {
+    "object": dict,
     "datetime": dt.datetime.fromisoformat,
     "date": dt.date.fromisoformat,
     "time": dt.time.fromisoformat,
@@ -107,12 +128,25 @@ _REVIVERS: dict[str, Callable[[Any], Any]] = {
     "decimal": decimal.Decimal,
     "uuid": uuid.UUID,
     "path": pathlib.Path,
-    "frozenset": frozenset,
-    "set": set,
+    "frozenset": lambda v: frozenset(map(_tuples, v)),
+    "set": lambda v: set(map(_tuples, v)),
 }
 
 
 def _revive(value: dict[str, Any]) -> Any:
-    if value.keys() == {TAG, "value"} and isinstance(value[TAG], str) and value[TAG] in _REVIVERS:
-        return _REVIVERS[value[TAG]](value["value"])
-    return value
+    tag = value.get(TAG)
+    if value.keys() != {TAG, "value"} or not isinstance(tag, str) or tag not in _REVIVERS:
+        return value
+    try:
+        return _REVIVERS[tag](value["value"])
+    except (ValueError, TypeError, AttributeError, ArithmeticError) as error:
+        raise ValueError(f"no valid {tag}: {error}") from error
+
+
+def _tuples(item: Any) -> Any:
+    """An item of a set: a list in it was a tuple."""
+    return tuple(map(_tuples, item)) if isinstance(item, list) else item
+
+
+def _no_constant(name: str) -> Any:
+    raise ValueError(f"{name} is no JSON")

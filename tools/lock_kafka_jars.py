@@ -40,7 +40,7 @@ def _closure(folder: Path) -> list[tuple[str, str, str]]:
         for group, artifact, version in ROOTS
     )
     (folder / "pom.xml").write_text(
-        '<project xmlns="http://maven.apache.org/POM/4.0.0"><modelVersion>4.0.0</modelVersion>'
+        "<project><modelVersion>4.0.0</modelVersion>"
         "<groupId>perdure</groupId><artifactId>lock</artifactId><version>1</version>"
         f"<dependencies>{dependencies}</dependencies></project>",
         encoding="utf-8",

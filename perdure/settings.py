@@ -1,0 +1,242 @@
+"""Settings, from the strongest to the weakest: flags, `PERDURE_*` environment, configuration file, defaults.
+
+The file is the nearest `perdure.toml` (its top level) or `pyproject.toml` (its `[tool.perdure]`) at or above the
+current directory. With no address set anywhere, the running dev stack of the data directory is found by its lock file.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import json
+import os
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+from pydantic import Field, ValidationError, field_validator
+from pydantic_settings import BaseSettings, InitSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
+
+from perdure.schemas.errors import ConfigurationError, Unreachable
+from perdure.schemas.signing import Keys
+
+DATA_DIR = ".perdure"
+_PREFIX = "PERDURE_"
+_KAFKA_PREFIX = "PERDURE_KAFKA__"
+
+
+@dataclass(frozen=True)
+class DevStack:
+    """A running `perdure dev`, as its lock file tells."""
+
+    bootstrap: str
+    api: str
+    data_dir: Path
+    pid: int
+    keys_file: Path
+
+
+class Settings(BaseSettings):
+    """Where the namespace is and how to reach it."""
+
+    model_config = SettingsConfigDict(env_prefix=_PREFIX, extra="forbid", frozen=True)
+
+    bootstrap: str | None = None
+    """Kafka's bootstrap servers: host:port, separated by commas."""
+    api: str | None = None
+    """Address of the HTTP API: http://host:port."""
+    api_token: str | None = Field(default=None, repr=False)
+    """Bearer token of the HTTP API."""
+    namespace: str = Field(default="perdure.", pattern=r"^[a-zA-Z0-9._-]{0,100}$")
+    """What the names of all topics begin with."""
+    keys_file: Path | None = None
+    """File of the worker and engine keys."""
+    data_dir: Path = Field(default_factory=lambda: nearest_data_dir(Path.cwd()))
+    """Where a dev stack keeps its data."""
+    state_dir: Path | None = None
+    """Where engines and workers keep what outlives their processes; none: a directory of the user's."""
+    checkpoint_dir: Path | None = None
+    """Where checkpoints are written; none: a directory of the user's."""
+    kafka: dict[str, str] = Field(default_factory=dict, repr=False)
+    """Any librdkafka option, such as security.protocol."""
+
+    @field_validator("api")
+    @classmethod
+    def _without_slash(cls, value: str | None) -> str | None:
+        return value.rstrip("/") if value else value
+
+    @classmethod
+    def load(cls, **flags: Any) -> Settings:
+        """The settings that hold here; flags that are None count as not given. Raises `ConfigurationError`."""
+        try:
+            settings = cls(**{name: value for name, value in flags.items() if value is not None})
+        except ValidationError as error:
+            raise ConfigurationError("; ".join(_explain(e) for e in error.errors(include_input=False))) from error
+        stack = None if settings.bootstrap or settings.api else find_dev_stack(settings.data_dir)
+        if stack is None:
+            return settings
+        found = {"bootstrap": stack.bootstrap, "api": stack.api, "data_dir": stack.data_dir}
+        return settings.model_copy(update=found | {"keys_file": settings.keys_file or stack.keys_file})
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,  # noqa: ARG003
+        file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Flags, environment, file; pydantic merges their `kafka` tables option by option."""
+        options = InitSettingsSource(settings_cls, {"kafka": _kafka_environment(os.environ)})
+        return init_settings, options, env_settings, InitSettingsSource(settings_cls, file_settings(Path.cwd()))
+
+    def require_bootstrap(self) -> str:
+        """Kafka's address. Raises `Unreachable` when none is set and no dev stack runs."""
+        if self.bootstrap is None:
+            raise Unreachable("no Kafka address: start `perdure dev`, or set PERDURE_BOOTSTRAP or --bootstrap")
+        return self.bootstrap
+
+    def require_api(self) -> str:
+        """The HTTP API's address. Raises `Unreachable` when none is set and no dev stack runs."""
+        if self.api is None:
+            raise Unreachable(
+                "no HTTP API address: start `perdure dev`, or set PERDURE_API or --api to a `perdure server`"
+            )
+        return self.api
+
+    def require_keys(self) -> Keys:
+        """The keys for an engine or a worker. A broker on this machine alone gets a key file of its own at first use.
+
+        Raises `ConfigurationError` without a key file and with a broker that others can reach.
+        """
+        if self.keys_file is not None:
+            return Keys.load(self.keys_file)
+        if not is_loopback(self.require_bootstrap()):
+            raise ConfigurationError(
+                f"the broker {self.bootstrap} can be reached by others, and there is no key file: make one with "
+                "`perdure keys new FILE`, give it to every engine and worker, and set PERDURE_KEYS_FILE"
+            )
+        return Keys.load(shared_keys(self.data_dir))
+
+
+def shared_keys(data_dir: Path) -> Path:
+    """The key file of a data directory, made if it is not there; of several processes that try, the first one wins."""
+    path = data_dir.absolute() / "keys.json"
+    if not path.exists():
+        fresh = path.with_name(f"keys.{os.getpid()}")
+        Keys.generate().save(fresh)
+        try:
+            os.link(fresh, path)
+        except FileExistsError:
+            pass
+        finally:
+            fresh.unlink()
+    return path
+
+
+def nearest_data_dir(start: Path) -> Path:
+    """The `.perdure` of `start` or of the nearest directory above that has one; without any, that of `start`."""
+    for folder in (start, *start.parents):
+        if (folder / DATA_DIR).is_dir():
+            return folder / DATA_DIR
+    return start / DATA_DIR
+
+
+def dev_file(data_dir: Path) -> Path:
+    """Where a running dev stack says how to reach it."""
+    return data_dir / "dev.json"
+
+
+def find_dev_stack(data_dir: Path) -> DevStack | None:
+    """The dev stack that runs on a data directory; None when there is none, or its file was left by a dead one."""
+    try:
+        content = json.loads(dev_file(data_dir).read_text())
+        stack = DevStack(
+            bootstrap=content["bootstrap"],
+            api=content["api"],
+            data_dir=Path(content["data_dir"]),
+            pid=int(content["pid"]),
+            keys_file=Path(content["keys_file"]),
+        )
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigurationError(
+            f"{dev_file(data_dir)} is no lock file of `perdure dev`; delete it: {error}"
+        ) from error
+    return stack if _lives(stack.pid) else None
+
+
+def _lives(pid: int) -> bool:
+    try:
+        return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
+
+
+def is_loopback(bootstrap: str) -> bool:
+    """Whether every one of the servers can be reached from this machine only, as far as its name tells."""
+    return all(_local(server.strip().rpartition(":")[0].strip("[]")) for server in bootstrap.split(","))
+
+
+def _local(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def file_settings(start: Path) -> dict[str, Any]:
+    """The settings in the nearest configuration file; relative paths in it count from its directory."""
+    for folder in (start, *start.parents):
+        for name in ("perdure.toml", "pyproject.toml"):
+            found = _read(folder / name)
+            if found is not None:
+                paths = {n: folder / p for n, p in found.items() if n in _PATHS and isinstance(p, str)}
+                kafka = found.get("kafka", {})
+                if not isinstance(kafka, Mapping):
+                    raise ConfigurationError(f"{folder / name}: kafka is a table of librdkafka's options")
+                return found | paths | {"kafka": _flattened(kafka)}
+    return {}
+
+
+_PATHS = ("keys_file", "data_dir", "state_dir", "checkpoint_dir")
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    try:
+        content = tomllib.loads(path.read_text())
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, ValueError) as error:
+        raise ConfigurationError(f"{path} cannot be read as TOML: {error}") from error
+    table: dict[str, Any] | None = content.get("tool", {}).get("perdure")
+    return content if table is None and path.name == "perdure.toml" else table
+
+
+def _kafka_environment(environment: Mapping[str, str]) -> dict[str, str]:
+    """PERDURE_KAFKA__SASL__MECHANISM=PLAIN is the option sasl.mechanism."""
+    return {
+        name.removeprefix(_KAFKA_PREFIX).lower().replace("__", "."): value
+        for name, value in environment.items()
+        if name.startswith(_KAFKA_PREFIX)
+    }
+
+
+def _flattened(table: Mapping[str, Any]) -> dict[str, str]:
+    """TOML's tables of tables as librdkafka's names: {"sasl": {"mechanism": ...}} is sasl.mechanism."""
+    found: dict[str, str] = {}
+    for name, value in table.items():
+        if isinstance(value, Mapping):
+            found |= {f"{name}.{inner}": text for inner, text in _flattened(value).items()}
+        else:
+            found[name] = str(value).lower() if isinstance(value, bool) else str(value)
+    return found
+
+
+def _explain(error: Any) -> str:
+    name = ".".join(map(str, error["loc"]))
+    return f"setting {name!r} ({_PREFIX}{name.upper()}): {error['msg'].lower()}"

@@ -1,0 +1,60 @@
+"""What the processors of the read side share: how they read their input, and what they may do with it.
+
+A processor is run by the runner, one transaction per batch: its rows, its output and its input positions are committed
+as one, so each input record counts exactly once.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol, TypeAlias, get_args
+
+from perdure.schemas.codec import decode
+from perdure.schemas.errors import DecodeError
+from perdure.schemas.events import Event, ProgressReported
+from perdure.streams.log import Record
+
+Fact: TypeAlias = Event | ProgressReported
+"""What `task-events` and `task-telemetry` carry."""
+
+_FACTS = (*get_args(Event), ProgressReported)
+
+
+class Transaction(Protocol):
+    """What a processor may do while it handles a record."""
+
+    def get(self, key: bytes) -> bytes | None:
+        """A row of the processor's own store."""
+
+    def put(self, key: bytes, value: bytes | None) -> None:
+        """Set a row, or with None delete it; it goes to the processor's changelog too, if it has one."""
+
+    def emit(self, topic: str, key: bytes | None, value: bytes | None) -> None:
+        """Append to the record's own partition of a topic."""
+
+    def quarantine(self, record: Record, cause: str, detail: str) -> None:
+        """Give up on a record: it is kept for people to look at, and the processor goes on."""
+
+
+def fact(data: bytes | None) -> Fact:
+    """The event or accepted progress that a record's value holds. Raises `DecodeError`."""
+    if data is None:
+        raise DecodeError("the record has no value")
+    found = decode(data)
+    if not isinstance(found, _FACTS):
+        raise DecodeError(f"expected an event, found {type(found).__name__}")
+    return found  # type: ignore[no-any-return]
+
+
+def readable(record: Record, tx: Transaction) -> Fact | None:
+    """The fact in a record; None if there is none: then the record is in quarantine."""
+    try:
+        return fact(record.value)
+    except DecodeError as error:
+        tx.quarantine(record, error.code, str(error))
+        return None
+
+
+def task_of(event: Fact) -> str | None:
+    """The task that an event belongs to; None for events of a partition."""
+    task_id: str | None = getattr(event, "task_id", None)
+    return task_id

@@ -1,0 +1,271 @@
+"""The latest public state of each task: a fold of its events and of its accepted progress.
+
+Events come in the order of their `seq`; one that is included already changes nothing, so the fold may be repeated. Two
+topics have no common order: telemetry may come late, and then counts only while it still says something new (`_stale`).
+
+**Estimated end.** The pace is what has been reached (the fraction, or units done of all units) over the time spent
+running: all epochs together, from the start of user code, without queues and pauses. Work that was lost and done again
+so slows the estimate, as it slowed the task, and an epoch that resumes at 60 % does not look infinitely fast. What is
+left at that pace counts from now, or from when the task becomes ready. Before there is a pace, the submitter's
+`estimated_duration`, less the time already spent, takes its place; a paused or ended task has no estimate.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, assert_never
+
+from perdure.projections.inputs import Fact, Transaction, readable, task_of
+from perdure.schemas import events, topics
+from perdure.schemas.codec import decode_as, encode, replace
+from perdure.schemas.common import ErrorInfo
+from perdure.schemas.public import TaskProgress
+from perdure.streams.log import Record
+
+VALUE_SHOWN_MAX = 64 * 1024
+"""A result or input above this is left out of the views (bytes); the event log has it."""
+MILESTONES_SHOWN_MAX = 64 * 1024
+"""Text of all milestones shown; the oldest go first."""
+
+_ENDED = ("COMPLETED", "FAILED", "TIMED_OUT", "CANCELLED")
+
+_Course = (
+    events.TaskQueued
+    | events.TaskGranted
+    | events.AttemptStarted
+    | events.StepCompleted
+    | events.MilestoneReached
+    | events.CheckpointRecorded
+    | events.PauseRequested
+    | events.CancelRequested
+    | events.TimeoutReached
+    | events.DrainRequested
+    | events.TaskResumed
+)
+_Stop = (
+    events.TaskPaused
+    | events.AttemptLost
+    | events.AttemptFailed
+    | events.RetryScheduled
+    | events.TaskCompleted
+    | events.TaskFailed
+    | events.TaskTimedOut
+    | events.TaskCancelled
+    | events.TaskDeadLettered
+    | events.TaskRedriven
+    | events.DeadLetterDiscarded
+    | events.TaskRetired
+)
+_Unseen = (
+    events.TaskPolicyBound
+    | events.StepStarted
+    | events.StepFailed
+    | events.StepsRetired
+    | events.AnswersForgotten
+    | events.CommandRejected
+    | events.ReportRejected
+)
+"""Events that the history shows and the present state does not."""
+
+
+class ProgressProcessor:
+    """Keeps `task-progress`; the topic is the changelog of its own store."""
+
+    name = "progress"
+    inputs = (topics.EVENTS.name, topics.TELEMETRY.name)
+    changelog = topics.PROGRESS.name
+
+    def handle(self, record: Record, tx: Transaction) -> None:
+        """Fold one record into its task's row. Bad records are quarantined."""
+        found = readable(record, tx)
+        task_id = None if found is None else task_of(found)
+        if found is None or task_id is None:
+            return
+        key = task_id.encode()
+        row = tx.get(key)
+        before = None if row is None else decode_as(TaskProgress, row)
+        after = fold(before, found)
+        if after is not None and after is not before:
+            tx.put(key, encode(after))
+
+
+def fold(progress: TaskProgress | None, record: Fact) -> TaskProgress | None:
+    """The task's progress after one more event or report; the same object if it changes nothing.
+
+    None while the task is unknown: its submit has not been seen, or the event is not of a task.
+    """
+    if isinstance(record, events.TaskSubmitted):
+        return _submitted(progress, record)
+    if progress is None:
+        return None
+    if isinstance(record, events.ProgressReported):
+        return _reported(progress, record)
+    if isinstance(record, events.PartitionEvent) or record.task_id is None or record.seq <= progress.seq:
+        return progress
+    changes = _changes(progress, record)
+    if not changes:
+        return replace(progress, seq=record.seq)
+    after = replace(progress, seq=record.seq, updated_at=max(progress.updated_at, record.at), **changes)
+    return replace(after, eta_at=_eta(after, record.at))
+
+
+def shown(value: bytes | None) -> bytes | None:
+    """A JSON value, unless it is too big for a view."""
+    return None if value is None or len(value) > VALUE_SHOWN_MAX else value
+
+
+def _submitted(known: TaskProgress | None, e: events.TaskSubmitted) -> TaskProgress:
+    # An id is free again once the engine has forgotten its task; until then a second submit is a repeat.
+    if known is not None and not (known.retired and e.at > known.submitted_at):
+        return known
+    fresh = TaskProgress(
+        task_id=e.task_id, type=e.type, queue=e.queue, state="PENDING", seq=e.seq, priority=e.priority, labels=e.labels,
+        user=e.user, estimated_duration=e.estimated_duration, submitted_at=e.at, updated_at=e.at, due=e.not_before,
+    )  # fmt: skip
+    return replace(fresh, eta_at=_eta(fresh, e.at))
+
+
+def _reported(p: TaskProgress, r: events.ProgressReported) -> TaskProgress:
+    fraction = _fraction(r)
+    if _stale(p, r, fraction):
+        return p
+    said = {
+        "progress": fraction,
+        "current_step": r.current_step,
+        "units_done": r.units_done,
+        "units_total": r.units_total,
+    }
+    changes = {name: value for name, value in said.items() if value is not None and value != getattr(p, name)}
+    if not changes and r.at <= p.updated_at:
+        return p
+    after = replace(p, updated_at=max(p.updated_at, r.at), **changes)
+    return replace(after, eta_at=_eta(after, r.at))
+
+
+def _stale(p: TaskProgress, r: events.ProgressReported, fraction: float | None) -> bool:
+    """Whether a report is older than what is known: of an epoch or task that is over, or a step back in time."""
+    if r.epoch < p.epoch or p.state in _ENDED:
+        return True
+    # Events of the same moments arrive by another topic, earlier or later: an older time alone proves nothing.
+    return r.at < p.updated_at and (fraction or 0.0) < (p.progress or 0.0)
+
+
+def _fraction(r: events.ProgressReported) -> float | None:
+    """The fraction as said, else from the units; 0 to 1."""
+    fraction = r.fraction
+    if fraction is None and r.units_total and r.units_done is not None:
+        fraction = r.units_done / r.units_total
+    if fraction is None or math.isnan(fraction):
+        return None
+    return min(1.0, max(0.0, fraction))
+
+
+def _eta(p: TaskProgress, at: int) -> int | None:
+    """When the task will probably end, log time, ms; the module's text says how."""
+    if p.state == "PAUSED" or p.state in _ENDED:
+        return None
+    spent = p.running_ms + (max(0, at - p.running_since) if p.running_since is not None else 0)
+    if p.progress and spent:
+        left = spent * (1 - p.progress) / p.progress
+    elif p.estimated_duration is not None:
+        left = max(0, p.estimated_duration - spent)
+    else:
+        return None
+    return max(at, p.due or 0) + round(left)
+
+
+# What each event changes --------------------------------------------------------------------------------------------
+
+
+def _changes(p: TaskProgress, e: _Course | _Stop | _Unseen) -> dict[str, Any]:
+    """Fields that an event sets."""
+    match e:
+        case events.TaskQueued():
+            return {"state": "PENDING", "reason": e.reason, "due": e.due, "stopping": "none"}
+        case events.TaskGranted():
+            return {"state": "RUNNING", "reason": "", "due": None, "stopping": "none", "epoch": e.epoch,
+                    "attempt": e.attempt, "worker_id": e.worker_id}  # fmt: skip
+        case events.AttemptStarted():
+            return {"running_since": e.at, "started_at": e.at if p.started_at is None else p.started_at}
+        case events.StepCompleted():
+            return {"steps_completed": p.steps_completed + 1}
+        case events.MilestoneReached():
+            return {"milestones": _with_milestone(p.milestones, e.name)}
+        case events.CheckpointRecorded():
+            return {"checkpoint_version": e.version, "checkpoint_at": e.at}
+        case events.PauseRequested():
+            return {"stopping": "pausing"}
+        case events.CancelRequested():
+            return {"stopping": "cancelling"}
+        case events.TimeoutReached():
+            return {"stopping": p.stopping if p.stopping == "cancelling" else "timing_out"}
+        case events.DrainRequested():
+            return {"stopping": "draining"}
+        case events.TaskResumed():  # a paused task's TaskQueued follows
+            return {"stopping": "none"}
+        case _:
+            return _stop_changes(p, e)
+
+
+def _stop_changes(p: TaskProgress, e: _Stop | _Unseen) -> dict[str, Any]:
+    """Fields that the end of an attempt, a delay or the task sets."""
+    match e:
+        case events.TaskPaused():
+            reason = "shutdown" if e.why == "shutdown" else ""
+            return {"state": "PAUSED", "reason": reason, "due": e.due, **_stopped(p, e.at)}
+        case events.AttemptLost():
+            return {"state": "PENDING", "reason": "", **_stopped(p, e.at)}
+        case events.AttemptFailed():
+            return {"error": e.error, **_stopped(p, e.at)}
+        case events.RetryScheduled():
+            return {"state": "PENDING", "reason": "retry_backoff", "due": e.due, "stopping": "none"}
+        case events.TaskCompleted():
+            return {"progress": 1.0, "result": shown(e.result), "error": None, **_ended(p, e.at, "COMPLETED")}
+        case events.TaskFailed():
+            return {"error": e.error, **_ended(p, e.at, "FAILED")}
+        case events.TaskTimedOut():
+            return {"error": timeout_error(e.which), **_ended(p, e.at, "TIMED_OUT")}
+        case events.TaskCancelled():
+            return _ended(p, e.at, "CANCELLED")
+        case events.TaskDeadLettered():
+            return {"dead_letter": True, "error": e.error or p.error}
+        case events.TaskRedriven():
+            return {"state": "PENDING", "reason": "", "attempt": 0, "finished_at": None, "dead_letter": False}
+        case events.DeadLetterDiscarded():
+            return {"dead_letter": False}
+        case events.TaskRetired():
+            return {"retired": True}
+        case (
+            events.TaskPolicyBound()
+            | events.StepStarted()
+            | events.StepFailed()
+            | events.StepsRetired()
+            | events.AnswersForgotten()
+            | events.CommandRejected()
+            | events.ReportRejected()
+        ):
+            return {}
+        case _:
+            assert_never(e)
+
+
+def _stopped(p: TaskProgress, at: int) -> dict[str, Any]:
+    """The epoch is over: its running time is added up."""
+    spent = 0 if p.running_since is None else max(0, at - p.running_since)
+    return {"running_ms": p.running_ms + spent, "running_since": None, "stopping": "none"}
+
+
+def _ended(p: TaskProgress, at: int, state: str) -> dict[str, Any]:
+    return {"state": state, "reason": "", "due": None, "finished_at": at, "current_step": None, **_stopped(p, at)}
+
+
+def timeout_error(which: str) -> ErrorInfo:
+    """The error of a task that ran out of time, in the engine's words."""
+    return ErrorInfo(type="timeout", message=f"the {which.replace('_', '-')} timeout ran out", error_types=["timeout"])
+
+
+def _with_milestone(known: list[str], name: str) -> list[str]:
+    milestones = [*known, name]
+    while sum(len(m.encode()) for m in milestones) > MILESTONES_SHOWN_MAX and len(milestones) > 1:
+        milestones.pop(0)
+    return milestones

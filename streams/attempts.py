@@ -1,0 +1,211 @@
+"""What workers report about the attempts they run.
+
+A report counts if its entry carries the grant's token, epoch and session, and its number is the next one. A repeat is
+dropped; a gap ends the epoch, for what is missing can never be told from what was never done.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from perdure.schemas import events, inbox, limits, reports
+from perdure.schemas.codec import replace
+from perdure.schemas.common import ErrorInfo
+from perdure.schemas.events import ProgressReported
+from perdure.schemas.reports import Report, ReportEntry
+from perdure.schemas.rows import Mark, TaskState
+from perdure.streams import ready_queue, tables, task_lifecycle
+from perdure.streams.decision import Moment, Note, Outputs, Telemetry, ToWorker, of_partition, of_task
+from perdure.streams.state import State
+
+RETIRING = b"retiring/"
+
+
+def entry(s: State, m: Moment, session: str, e: ReportEntry, token_holds: bool) -> Outputs:
+    """The reports of one attempt."""
+    t = s.task(e.task_id)
+    kind = type(e.reports[0]).__name__ if e.reports else "ReportEntry"
+    fault = _fault(t, session, e, token_holds)
+    if fault is not None:
+        yield _rejected(s, m, e, session, fault, kind)
+        if fault in ("stale_epoch", "unknown_task"):
+            yield ToWorker(
+                inbox.RevokeAttempt(worker_id="", session=session, task_id=e.task_id, epoch=e.epoch, why=fault)
+            )
+        return
+    for report in e.reports:
+        live = s.live(e.task_id)
+        last = live.report_seq if live else 0
+        if report.seq <= last:
+            continue
+        if report.seq > last + 1:
+            yield _rejected(s, m, e, session, "gap", type(report).__name__, f"after {last} came {report.seq}")
+            yield ToWorker(
+                inbox.RevokeAttempt(worker_id="", session=session, task_id=e.task_id, epoch=e.epoch, why="gap in reports")
+            )
+            yield from task_lifecycle.lost(s, m, e.task_id, "revoked", f"reports {last + 1} to {report.seq - 1} are missing")
+            return
+        assert live is not None
+        yield Note(tables.task(e.task_id), tables.LIVE, replace(live, report_seq=report.seq))
+        yield from _report(s, m, e.task_id, report)
+        after = s.task(e.task_id)
+        if after is None or after.epoch != e.epoch or not after.session:
+            return
+
+
+def _fault(t: TaskState | None, session: str, e: ReportEntry, token_holds: bool) -> str | None:
+    if not token_holds:
+        return "token"
+    if t is None:
+        return "unknown_task"
+    if t.epoch != e.epoch or t.state != "RUNNING" or t.session != session:
+        return "stale_epoch"
+    return None
+
+
+def _rejected(
+    s: State, m: Moment, e: ReportEntry, session: str, why: str, kind: str, detail: str = ""
+) -> events.ReportRejected:
+    # A bad token proves no relation to the task: it may not touch the task's own sequence.
+    of = of_task(s, m, e.task_id) if why != "token" and s.task(e.task_id) is not None else of_partition(s, m)
+    return events.ReportRejected(**of, why=why, report=kind, session=session, epoch=e.epoch, detail=detail)
+
+
+def _report(s: State, m: Moment, task_id: str, report: Report) -> Outputs:
+    match report:
+        case reports.ReportProgress():
+            yield from _progress(s, m, task_id, report)
+        case reports.ReportStep():
+            yield from _step(s, m, task_id, report)
+        case reports.AttemptStarted():
+            t = s.known(task_id)
+            if not t.started:
+                yield events.AttemptStarted(**of_task(s, m, task_id), epoch=t.epoch, attempt=t.attempt)
+        case reports.ReportMilestone():
+            t = s.known(task_id)
+            if report.name not in t.milestones and len(t.milestones) < limits.MILESTONES_MAX:
+                yield events.MilestoneReached(**of_task(s, m, task_id), epoch=t.epoch, name=report.name)
+        case reports.ReportCheckpoint():
+            yield from _checkpoint(s, m, task_id, report)
+        case reports.AttemptCompleted():
+            yield from task_lifecycle.completed(s, m, task_id, report.result, report.usage)
+        case reports.AttemptFailed():
+            error = ErrorInfo(
+                type=report.error_types[0] if report.error_types else "error", message=report.message,
+                error_types=report.error_types, traceback=report.traceback,
+            )  # fmt: skip
+            yield from task_lifecycle.failed(s, m, task_id, error, report.usage, final=report.final)
+        case reports.AttemptCrashed():
+            how = f"signal {report.signal}" if report.signal is not None else f"exit code {report.exit_code}"
+            why = "bystander" if report.innocent else "crashed"
+            yield from task_lifecycle.lost(s, m, task_id, why, how, report.usage)
+        case reports.AttemptStopped():
+            yield from task_lifecycle.lost(s, m, task_id, _stop_word(s, task_id, report.why), report.why, report.usage)
+        case reports.AttemptDeclined():
+            yield from _declined(s, m, task_id, report)
+        case reports.SendSteps():
+            yield ToWorker(ready_queue.step_page(s, task_id, after=report.after))
+
+
+def _stop_word(s: State, task_id: str, why: str) -> str:
+    """How a stopped attempt is counted: a pause that was undone meanwhile just runs again."""
+    if why == "paused" and s.known(task_id).stopping != "pausing":
+        return "resumed"
+    return why
+
+
+def _declined(s: State, m: Moment, task_id: str, report: reports.AttemptDeclined) -> Outputs:
+    session = s.sessions.get(s.known(task_id).session)
+    if session is not None:
+        yield Note(tables.SESSIONS, session.session.encode(), replace(session, full=True))
+    yield from task_lifecycle.lost(s, m, task_id, "declined", report.reason)
+
+
+def _progress(s: State, m: Moment, task_id: str, report: reports.ReportProgress) -> Outputs:
+    t, live = s.known(task_id), s.live(task_id)
+    assert live is not None
+    changes = {
+        name: getattr(report, name)
+        for name in ("fraction", "current_step", "units_done", "units_total")
+        if getattr(report, name) is not None
+    }
+    new = replace(live, active=m.now, progress_at=m.at, **changes)
+    yield Note(tables.task(task_id), tables.LIVE, new)
+    yield Telemetry(
+        ProgressReported(
+            task_id=task_id, at=m.at, cause=m.cause, epoch=t.epoch, attempt=t.attempt, worker_id=t.worker_id,
+            fraction=new.fraction, current_step=new.current_step, units_done=new.units_done, units_total=new.units_total,
+        )
+    )  # fmt: skip
+
+
+def _step(s: State, m: Moment, task_id: str, report: reports.ReportStep) -> Outputs:
+    t = s.known(task_id)
+    known = s.get(tables.task(task_id), tables.step(report.step_id))
+    base: dict[str, Any] = {"epoch": t.epoch, "step_id": report.step_id, "name": report.name}
+    if report.begun:
+        yield events.StepStarted(**of_task(s, m, task_id), **base, function=report.function, args_hash=report.args_hash)
+    elif report.error is not None:
+        yield events.StepFailed(
+            **of_task(s, m, task_id), **base, attempt=t.attempt, error=report.error, duration_ms=report.duration_ms
+        )
+    elif known is not None and known.result is not None and not _may_rerun(s, task_id, known, report):
+        yield events.ReportRejected(
+            **of_task(s, m, task_id), why="illegal", report="ReportStep", session=t.session, epoch=t.epoch,
+            detail=f"step {report.step_id} is recorded already",
+        )  # fmt: skip
+    else:
+        yield events.StepCompleted(
+            **of_task(s, m, task_id), **base, attempt=t.attempt, function=report.function,
+            code_version=report.code_version, args_hash=report.args_hash,
+            result=report.result if report.result is not None else b"null", duration_ms=report.duration_ms,
+        )  # fmt: skip
+
+
+def _may_rerun(s: State, task_id: str, known: object, report: reports.ReportStep) -> bool:
+    """A recorded step is recorded anew only where the type's author asked for it and the step has changed."""
+    policy = s.spec(task_id).policy
+    changed = any(getattr(known, f) != getattr(report, f) for f in ("function", "code_version", "args_hash"))
+    return policy is not None and policy.step_mismatch == "rerun" and changed
+
+
+def _checkpoint(s: State, m: Moment, task_id: str, report: reports.ReportCheckpoint) -> Outputs:
+    t = s.known(task_id)
+    if t.checkpoint is not None and report.version <= t.checkpoint.version:
+        yield events.ReportRejected(
+            **of_task(s, m, task_id), why="illegal", report="ReportCheckpoint", session=t.session, epoch=t.epoch,
+            detail=f"checkpoint {report.version} after {t.checkpoint.version}",
+        )  # fmt: skip
+        return
+    yield events.CheckpointRecorded(
+        **of_task(s, m, task_id), epoch=t.epoch, version=report.version, uri=report.uri, sha256=report.sha256,
+        size=report.size, positions=report.positions,
+    )  # fmt: skip
+    yield from retire_steps(s, m, task_id)
+
+
+def retire_steps(s: State, m: Moment, task_id: str) -> Outputs:
+    """Take steps of items before the checkpoint's positions out of the state, a chunk at a time.
+
+    Items of track `p` before position `n` have ids from `p@` up to `p@<n>`; what is left is marked for the next tick.
+    """
+    t = s.task(task_id)
+    cursor = RETIRING + task_id.encode()
+    budget = limits.STEPS_CHUNK
+    if t is not None and t.checkpoint is not None:
+        scope = tables.task(task_id)
+        for track, position in sorted(t.checkpoint.positions.items()):
+            first, last = tables.step(f"{track}@"), tables.step(f"{track}@{position:012d}")
+            gone: list[str] = []
+            for suffix, _ in s.scan(scope, start=first, prefix=tables.STEPS):
+                if suffix >= last or len(gone) >= budget:
+                    break
+                gone.append(tables.step_id(suffix))
+            if gone:
+                budget -= len(gone)
+                yield events.StepsRetired(**of_task(s, m, task_id), from_step=gone[0], up_to_step=gone[-1], count=len(gone))
+            if budget <= 0:
+                yield Note(tables.MARKS, cursor, Mark())
+                return
+    if s.get(tables.MARKS, cursor) is not None:
+        yield Note(tables.MARKS, cursor, None)

@@ -1,0 +1,53 @@
+"""What the `config` topic says now: name -> (version, content), the version being the record's offset."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from perdure.schemas import codec, topics
+from perdure.schemas.errors import DecodeError
+from perdure.schemas.public import ConfigRecord
+from perdure.streams.log import BEGIN, Log, Reader
+
+
+@dataclass
+class ConfigView:
+    """The newest version of each name, kept up to date by `refresh`. For one thread, and readers of `names`."""
+
+    log: Log
+    names: dict[str, tuple[int, bytes | None]] = field(default_factory=dict)
+    """Name -> (version, content); content None: deleted."""
+    _reader: Reader | None = None
+
+    def refresh(self, timeout_s: float = 0.0) -> set[str]:
+        """Read on; the names that have changed. The first call reads to the topic's present end."""
+        if self._reader is None:
+            self._reader = self.log.reader()
+            self._reader.assign({(topics.CONFIG.name, 0): BEGIN})
+            _, end = self._reader.bounds(topics.CONFIG.name, 0)
+            changed: set[str] = set()
+            while not self._reader.caught_up(topics.CONFIG.name, 0, end):
+                changed |= self._read(0.2)
+            return changed
+        return self._read(timeout_s)
+
+    def _read(self, timeout_s: float) -> set[str]:
+        assert self._reader is not None
+        changed = set()
+        for record in self._reader.read(1_000, timeout_s):
+            name = (record.key or b"").decode(errors="replace")
+            content: bytes | None = None
+            if record.value is not None:
+                try:
+                    content = codec.decode_as(ConfigRecord, record.value).content
+                except DecodeError:
+                    continue  # a foreign record in config names nothing; writers are the CLI, the API and workers
+            self.names[name] = (record.offset, content)
+            changed.add(name)
+        return changed
+
+    def close(self) -> None:
+        """Stop reading."""
+        if self._reader is not None:
+            self._reader.close()
+            self._reader = None

@@ -1,0 +1,251 @@
+"""The engine of one partition: input records in, output records and state changes out. No I/O of its own.
+
+For each record: read it and judge its origin, decide, evolve each event before the decision goes on, grant what has
+become possible. A record that cannot be executed changes nothing but the input position, and is quarantined with its
+cause; the next one is not concerned.
+"""
+
+from __future__ import annotations
+
+import traceback
+from typing import Any
+
+from perdure.schemas import codec, commands, ids, limits, topics
+from perdure.schemas.codec import UnknownSchema, replace
+from perdure.schemas.common import Cause
+from perdure.schemas.errors import DecodeError, ValueTooLarge
+from perdure.schemas.inbox import RunAttempt
+from perdure.schemas.json_commands import InvalidCommand, JsonNotAllowed, parse
+from perdure.schemas.public import Quarantined
+from perdure.schemas.reports import ReportBatch
+from perdure.schemas.rows import Position
+from perdure.schemas.signing import Keys, authentic
+from perdure.streams import clock, ready_queue, routing, tables, timers
+from perdure.streams.decide import Illegal, Input, decide
+from perdure.streams.decision import (
+    Acknowledge,
+    Moment,
+    Note,
+    Outputs,
+    Quarantine,
+    Reply,
+    Send,
+    Telemetry,
+    ToWorker,
+)
+from perdure.streams.evolve import evolve
+from perdure.streams.log import Record
+from perdure.streams.processor import Out
+from perdure.streams.state import State
+from perdure.streams.store import Store
+
+GRANTS_AT_ONCE = 100
+_SIGNED_BY_WORKER = (ReportBatch, commands.WorkerStarted, commands.WorkerBeat, commands.WorkerStopping)
+_SIGNED_BY_ENGINE = (commands.ApplyConfig, commands.Forwarded, commands.ForwardedAck)
+
+
+class Engine:
+    """Executes the records of one partition, in order, each exactly once."""
+
+    def __init__(self, store: Store, partition: int, partitions: int, keys: Keys) -> None:
+        self.state = State(store, partition, partitions)
+        self._keys = keys
+        self._out: list[Out] = []
+        self._after: list[Send | Acknowledge] = []
+
+    def execute(self, record: Record) -> None:
+        """Execute one record. Never raises for what the record holds or brings about."""
+        s = self.state
+        s.mark()
+        kept_out, kept_after = len(self._out), len(self._after)
+        try:
+            given = self._read(record)
+            self._run(record, given)
+        except Exception as error:  # whatever a record brings about, the next ones are executed
+            s.undo()
+            del self._out[kept_out:], self._after[kept_after:]
+            s.mark()
+            self._set_aside(record, *_cause_of(error))
+
+    def set_aside_unread(self, record: Record, detail: str) -> None:
+        """Pass over a record that has killed the process before, without touching it."""
+        self.state.mark()
+        self._quarantine(record, "killer", detail, keep=False)
+        self._advance(record)
+
+    def _run(self, record: Record, given: Input) -> None:
+        s = self.state
+        cause = Cause(partition=record.partition, offset=record.offset)
+        tick = given.message if isinstance(given.message, commands.Tick) else None
+        self._take(record, clock.adjust(s, Moment(record.at, clock.now(s, record.at), cause), tick))
+        moment = Moment(record.at, clock.now(s, record.at), cause)
+        self._take(record, decide(s, moment, given))
+        for _ in range(GRANTS_AT_ONCE):
+            if not s.grantable or not self._take(record, ready_queue.next_grant(s, moment)):
+                s.grantable = False
+                break
+        if tick is not None:
+            s.look_for_timers()
+        self._advance(record)
+
+    def _advance(self, record: Record) -> None:
+        last = self.state.position
+        back = last is not None and record.at - last.at < -limits.CLOCK_BACK_MS
+        at = record.at if last is None or back else max(last.at, record.at)
+        self.state.put(tables.POSITION, b"", Position(offset=record.offset + 1, at=at))
+
+    # Reading ---------------------------------------------------------------------------------------------------------
+
+    def _read(self, record: Record) -> Input:
+        data = record.value
+        if data is None:
+            raise DecodeError("a record without a value")
+        if len(data) > limits.RECORD_MAX:
+            raise ValueTooLarge(f"a record of {len(data):,} bytes")
+        if data[:1] == b"{":
+            return self._read_json(data)
+        message = codec.decode(data)
+        if isinstance(message, _SIGNED_BY_WORKER):
+            holds = authentic(data, message, self._keys.worker)
+            tokens = [self._token_holds(message.session, e) for e in message.entries] if isinstance(message, ReportBatch) else ()
+            return Input(message, holds, tokens)
+        if isinstance(message, _SIGNED_BY_ENGINE):
+            return Input(message, authentic(data, message, self._keys.engine))
+        return Input(message)
+
+    def _read_json(self, data: bytes) -> Input:
+        try:
+            return Input(parse(data))
+        except InvalidCommand as error:
+            return Input(Illegal(
+                command=error.command, command_id=error.command_id, task_id=error.task_id, reply_to=error.reply_to,
+                reason=str(error), field=error.field,
+            ))  # fmt: skip
+
+    def _token_holds(self, session: str, entry: Any) -> bool:
+        return any(
+            ids.tokens_equal(entry.token, ids.grant_token(key, entry.task_id, entry.epoch, session))
+            for key in reversed(self._keys.engine.values())
+        )
+
+    # Taking outputs --------------------------------------------------------------------------------------------------
+
+    def _take(self, record: Record, outputs: Outputs) -> bool:
+        """Evolve, note and collect what a decision yields, as it yields it. Says whether there was anything."""
+        s = self.state
+        any_at_all = False
+        for output in outputs:
+            any_at_all = True
+            match output:
+                case Note():
+                    s.put(output.scope, output.suffix, output.row)
+                case ToWorker():
+                    self._to_worker(output)
+                case Telemetry():
+                    self._emit(topics.TELEMETRY.name, output.record.task_id, output.record)
+                case Reply():
+                    self._emit(topics.REPLIES.name, output.reply.client_id, output.reply)
+                case Send() | Acknowledge():
+                    self._after.append(output)
+                case Quarantine():
+                    self._quarantine(record, output.cause, output.detail)
+                case _:
+                    self._emit(topics.EVENTS.name, getattr(output, "task_id", None), output)
+                    evolve(s, output)
+        return any_at_all
+
+    def _to_worker(self, output: ToWorker) -> None:
+        message = output.record
+        if isinstance(message, RunAttempt):
+            _, key = self._keys.newest_engine()
+            message = replace(message, token=ids.grant_token(key, message.task_id, message.epoch, message.session))
+        self._emit(topics.INBOX.name, message.worker_id, message)
+
+    def _emit(self, topic: str, key: str | None, message: object) -> None:
+        value = codec.encode(message)
+        if len(value) > limits.OUTPUT_MAX:
+            raise ValueTooLarge(f"a {type(message).__name__} of {len(value):,} bytes does not fit into {topic}")
+        self._out.append(Out(topic, None if key is None else key.encode(), value))
+
+    # Setting aside ---------------------------------------------------------------------------------------------------
+
+    def _set_aside(self, record: Record, cause: str, detail: str) -> None:
+        """Quarantine a record; one that was forwarded counts as taken, or its source would send it for ever."""
+        self._quarantine(record, cause, detail)
+        given = self._forwarded(record)
+        if given is not None and routing.is_next(self.state, given):
+            place = Cause(partition=record.partition, offset=record.offset)
+            moment = Moment(record.at, clock.now(self.state, record.at), place)
+            self._take(record, routing.taken(self.state, moment, given))
+        self._advance(record)
+
+    def _forwarded(self, record: Record) -> commands.Forwarded | None:
+        try:
+            message = codec.decode(record.value or b"")
+        except DecodeError:
+            return None
+        if isinstance(message, commands.Forwarded) and message.target == self.state.partition:
+            return message if authentic(record.value or b"", message, self._keys.engine) else None
+        return None
+
+    def _quarantine(self, record: Record, cause: str, detail: str, *, keep: bool = True) -> None:
+        data = record.value or b""
+        self._emit(
+            topics.QUARANTINE.name,
+            None,
+            Quarantined(
+                topic=record.topic, partition=record.partition, offset=record.offset, at=record.at, reader="engine",
+                cause=cause, detail=detail[: limits.TRACEBACK_MAX], key=(record.key or b"")[: limits.TEXT_MAX] or None,
+                record=data[: limits.QUARANTINE_KEPT] if keep else None, size=len(data),
+            ),
+        )  # fmt: skip
+
+    # Around transactions ---------------------------------------------------------------------------------------------
+
+    def take_out(self) -> list[Out]:
+        """Records to write for what was executed since the last call."""
+        out, self._out = self._out, []
+        return out
+
+    def take_after(self) -> list[Send | Acknowledge]:
+        """What is to be done once the transaction is committed."""
+        after, self._after = self._after, []
+        return after
+
+    def writes(self) -> dict[bytes, bytes | None]:
+        """Every change of state since the last commit."""
+        return self.state.writes()
+
+    def positions(self) -> dict[str, int]:
+        """Next offset of task-commands; nothing before the first record."""
+        last = self.state.position
+        return {} if last is None else {topics.COMMANDS.name: last.offset}
+
+    def committed(self) -> None:
+        """The store has the changes."""
+        self.state.committed()
+
+    def rolled_back(self) -> None:
+        """The transaction was aborted: as after the last commit."""
+        self._out, self._after = [], []
+        self.state.rolled_back()
+
+    def next_tick(self) -> int | None:
+        """Log time at which a tick has something to do; None: never, as things stand."""
+        return 0 if self.state.grantable else timers.next_tick(self.state)
+
+
+def _cause_of(error: Exception) -> tuple[str, str]:
+    match error:
+        case UnknownSchema():
+            return "unknown_schema", str(error)
+        case JsonNotAllowed():
+            return "json_not_allowed", str(error)
+        case DecodeError():
+            return "undecodable", str(error)
+        case ValueTooLarge():
+            return "too_large", str(error)
+        case _:
+            return "defect", "".join(traceback.format_exception(error))
+
+

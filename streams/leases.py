@@ -1,0 +1,142 @@
+"""Sessions of workers: registration, beats, and how silence becomes the loss of a lease.
+
+Silence proves nothing by itself: a late tick restarts every lease once between two beats, and a lease ends only when a
+second tick, at least a beat after the first that found it silent, still finds no beat.
+"""
+
+from __future__ import annotations
+
+from perdure.schemas import events, inbox, limits
+from perdure.schemas.codec import replace
+from perdure.schemas.commands import WorkerBeat, WorkerStarted, WorkerStopping
+from perdure.schemas.rows import Mark, Session
+from perdure.streams import tables, task_lifecycle
+from perdure.streams.decision import Moment, Note, Outputs, ToWorker, of_partition, of_task
+from perdure.streams.state import State
+
+ENDING = b"ending/"
+DRAINING = b"draining/"
+
+
+def started(s: State, m: Moment, record: WorkerStarted) -> Outputs:
+    """A worker announces itself; older sessions of its id are over at once."""
+    if record.session in s.sessions:
+        return
+    for other in sorted(s.sessions.values(), key=lambda w: w.session):
+        if other.worker_id == record.worker_id and other.state != "ended":
+            if other.session > record.session:
+                yield rejected(s, m, "stale_session", "WorkerStarted", record.session)
+                yield ToWorker(inbox.EndSession(worker_id=record.worker_id, session=record.session, why="superseded"))
+                return
+            yield from end(s, m, other, "superseded")
+    row = Session(
+        session=record.session, worker_id=record.worker_id, types=record.types, queues=record.queues,
+        slots=record.slots, labels=record.labels, host=record.host, pid=record.pid, since=m.now, beat=m.now,
+    )  # fmt: skip
+    yield _note(row)
+
+
+def beat(s: State, m: Moment, record: WorkerBeat) -> Outputs:
+    """A session is alive; grants it has not read within a lease are lost."""
+    session = s.sessions.get(record.session)
+    if session is None or session.state == "ended":
+        yield rejected(s, m, "stale_session", "WorkerBeat", record.session)
+        worker_id = session.worker_id if session else ""
+        yield ToWorker(inbox.EndSession(worker_id=worker_id, session=record.session, why="expired"))
+        return
+    state = "live" if session.state == "suspect" else session.state
+    seen = max(session.grants_seen, min(record.grants_seen, session.grants))
+    yield _note(replace(session, beat=m.now, suspected=0, restarted=False, full=False, state=state, grants_seen=seen))
+    if seen < session.grants:
+        start = tables.number(seen + 1)
+        for _, lease in list(s.scan(tables.leases(record.session), start=start))[: limits.CHUNK]:
+            if lease.granted + limits.LEASE_MS < m.now:
+                yield from task_lifecycle.lost(s, m, lease.task_id, "unseen")
+
+
+def stopping(s: State, m: Moment, record: WorkerStopping) -> Outputs:
+    """A worker shuts down: no more grants, and what it runs hands back at its next boundary."""
+    session = s.sessions.get(record.session)
+    if session is None or session.state == "ended":
+        yield rejected(s, m, "stale_session", "WorkerStopping", record.session)
+        return
+    yield _note(replace(session, state="stopping", beat=m.now, suspected=0))
+    yield from drain(s, m, record.session, after=b"")
+
+
+def drain(s: State, m: Moment, session_id: str, after: bytes) -> Outputs:
+    """Mark the session's running tasks as draining, a chunk at a time."""
+    cursor = DRAINING + session_id.encode()
+    leases = list(s.scan(tables.leases(session_id), start=after))
+    for _, lease in leases[: limits.CHUNK]:
+        if s.known(lease.task_id).stopping == "none":
+            yield events.DrainRequested(**of_task(s, m.following(), lease.task_id))
+    rest = leases[limits.CHUNK :]
+    if rest:
+        yield Note(tables.MARKS, cursor, Mark(value=int.from_bytes(rest[0][0], "big")))
+    elif s.get(tables.MARKS, cursor) is not None:
+        yield Note(tables.MARKS, cursor, None)
+
+
+def end(s: State, m: Moment, session: Session, why: str) -> Outputs:
+    """The session is over: its leases end now, a chunk at a time."""
+    yield _note(replace(session, state="ended"))
+    told = "superseded" if why == "superseded" else "expired"
+    yield ToWorker(inbox.EndSession(worker_id=session.worker_id, session=session.session, why=told))
+    yield from end_leases(s, m, session.session, why)
+
+
+def end_leases(s: State, m: Moment, session_id: str, why: str) -> Outputs:
+    """The next chunk of an ended session's leases; with the last one the session is forgotten."""
+    cursor = ENDING + session_id.encode()
+    leases = [lease for _, lease in s.scan(tables.leases(session_id))]
+    for lease in leases[: limits.CHUNK]:
+        yield from task_lifecycle.lost(s, m.following(), lease.task_id, why)
+    if len(leases) > limits.CHUNK:
+        yield Note(tables.MARKS, cursor, Mark(text=why))
+        return
+    if s.get(tables.MARKS, cursor) is not None:
+        yield Note(tables.MARKS, cursor, None)
+    yield Note(tables.SESSIONS, session_id.encode(), None)
+
+
+def restart(s: State, m: Moment) -> Outputs:
+    """Time passed unheard: every lease gets one more term, once between two beats."""
+    for session in list(s.sessions.values()):
+        if session.state != "ended" and not session.restarted:
+            state = "live" if session.state == "suspect" else session.state
+            yield _note(replace(session, restarted=True, beat=m.now, suspected=0, state=state))
+
+
+def examine(s: State, m: Moment) -> Outputs:
+    """Look for silent sessions."""
+    for session in sorted(s.sessions.values(), key=lambda w: w.session):
+        if session.state == "ended" or m.now < term_ends(session):
+            continue
+        if not session.suspected:
+            state = "suspect" if session.state == "live" else session.state
+            yield _note(replace(session, suspected=max(1, m.now), state=state))
+        elif m.now >= session.suspected + limits.BEAT_MS:
+            yield from end(s, m, session, "session_ended")
+            return
+
+
+def term_ends(session: Session) -> int:
+    """Partition time at which the session's lease is over, if nothing is heard."""
+    return session.beat + limits.LEASE_MS
+
+
+def next_look(session: Session) -> int | None:
+    """Partition time at which a tick has something to do about the session."""
+    if session.state == "ended":
+        return None
+    return session.suspected + limits.BEAT_MS if session.suspected else term_ends(session)
+
+
+def rejected(s: State, m: Moment, why: str, report: str, session: str, detail: str = "") -> events.ReportRejected:
+    """A session record or batch that changes nothing."""
+    return events.ReportRejected(**of_partition(s, m), why=why, report=report, session=session, detail=detail)
+
+
+def _note(session: Session) -> Note:
+    return Note(tables.SESSIONS, session.session.encode(), session)

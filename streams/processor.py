@@ -1,0 +1,152 @@
+"""What a runner runs: the engine and the projections, one instance per partition.
+
+A processor keeps what its records bring about until the transaction is committed or rolled back. `Table` makes one out
+of a plain function of (record, transaction), for processors whose output topic is their own changelog.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from perdure.schemas import codec, limits, topics
+from perdure.schemas.public import Quarantined
+from perdure.streams.log import Record
+from perdure.streams.store import META, Store
+
+
+@dataclass(slots=True)
+class Out:
+    """A record to write in the transaction, to the processor's own partition of `topic`."""
+
+    topic: str
+    key: bytes | None
+    value: bytes | None
+
+
+class Processor(Protocol):
+    """One partition of a stateful stream processor."""
+
+    def execute(self, record: Record) -> None:
+        """Process one record; never raises for what the record holds."""
+
+    def set_aside_unread(self, record: Record, detail: str) -> None:
+        """Pass over a record that has killed the process before, without touching it."""
+
+    def take_out(self) -> list[Out]:
+        """Records to write for what was executed since the last call."""
+
+    def writes(self) -> dict[bytes, bytes | None]:
+        """Every change of state since the last commit; keys beginning with `META` stay out of the changelog."""
+
+    def positions(self) -> dict[str, int]:
+        """Input topic -> next offset, as far as the state knows it."""
+
+    def committed(self) -> None:
+        """The store has the changes."""
+
+    def rolled_back(self) -> None:
+        """The transaction was aborted: as after the last commit."""
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A processor in general: what it reads, where its state is kept, and how an instance is opened."""
+
+    name: str
+    inputs: tuple[str, ...]
+    changelog: str
+    open: Callable[[Store, int], Processor]
+    """(store, partition) -> instance."""
+    plain_changelog: bool = False
+    """The changelog is a public topic that holds the state's values and no positions; see `Table`."""
+
+
+class Transaction:
+    """What a table's function may do with the record at hand."""
+
+    def __init__(self, store: Store, reader: str) -> None:
+        self._store, self._reader = store, reader
+        self.dirty: dict[bytes, bytes | None] = {}
+        self.out: list[Out] = []
+
+    def get(self, key: bytes) -> bytes | None:
+        """The row of a key, or None."""
+        return self.dirty[key] if key in self.dirty else self._store.get(key)
+
+    def put(self, key: bytes, value: bytes | None) -> None:
+        """Set or (None) delete a row; it goes to the changelog topic under the same key."""
+        self.dirty[key] = value
+
+    def emit(self, topic: str, key: bytes | None, value: bytes | None) -> None:
+        """Write a record to the record's own partition of another topic."""
+        self.out.append(Out(topic, key, value))
+
+    def quarantine(self, record: Record, cause: str, detail: str) -> None:
+        """Set the record aside."""
+        data = record.value or b""
+        self.out.append(Out(topics.QUARANTINE.name, None, codec.encode(Quarantined(
+            topic=record.topic, partition=record.partition, offset=record.offset, at=record.at, reader=self._reader,
+            cause=cause, detail=detail[: limits.TRACEBACK_MAX], key=record.key, record=data[: limits.QUARANTINE_KEPT],
+            size=len(data),
+        ))))  # fmt: skip
+
+
+@dataclass
+class Table:
+    """A processor made of a function; its rows are the values of its output topic."""
+
+    name: str
+    store: Store
+    handle: Callable[[Record, Transaction], None]
+    inputs: tuple[str, ...]
+    _tx: Transaction = field(init=False)
+    _positions: dict[str, int] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._tx = Transaction(self.store, self.name)
+        self._positions = self._stored()
+
+    def execute(self, record: Record) -> None:
+        before, out = dict(self._tx.dirty), len(self._tx.out)
+        try:
+            self.handle(record, self._tx)
+        except Exception as error:  # a defect of a fold must not stop the others
+            self._tx.dirty = before
+            del self._tx.out[out:]
+            self._tx.quarantine(record, "defect", f"{type(error).__name__}: {error}")
+        self._positions[record.topic] = record.offset + 1
+
+    def set_aside_unread(self, record: Record, detail: str) -> None:
+        self._tx.quarantine(record, "killer", detail)
+        self._positions[record.topic] = record.offset + 1
+
+    def take_out(self) -> list[Out]:
+        out, self._tx.out = self._tx.out, []
+        return out
+
+    def writes(self) -> dict[bytes, bytes | None]:
+        marks: dict[bytes, bytes | None] = {
+            META + b"input/" + topic.encode(): offset.to_bytes(8, "big") for topic, offset in self._positions.items()
+        }
+        return self._tx.dirty | marks
+
+    def positions(self) -> dict[str, int]:
+        return dict(self._positions)
+
+    def committed(self) -> None:
+        self._tx.dirty = {}
+
+    def rolled_back(self) -> None:
+        self._tx = Transaction(self.store, self.name)
+        self._positions = self._stored()
+
+    def _stored(self) -> dict[str, int]:
+        found = {t: self.store.get(META + b"input/" + t.encode()) for t in self.inputs}
+        return {t: int.from_bytes(v, "big") for t, v in found.items() if v is not None}
+
+
+def changelog_rows(writes: Mapping[bytes, bytes | None]) -> dict[bytes, bytes | None]:
+    """The part of a processor's writes that belongs in its changelog."""
+    return {key: value for key, value in writes.items() if not key.startswith(META)}

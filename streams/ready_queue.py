@@ -1,0 +1,104 @@
+"""Who runs next: priority, then order of submission, on the session with the most idle slots.
+
+A queue and type have one ready scope; a session draws from the scopes of its queues and types. Limits, windows and
+fairness will be asked in `_candidate`, where a scope's head is considered.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from perdure.schemas import events, inbox, limits
+from perdure.schemas.common import StepRecord
+from perdure.schemas.rows import Session
+from perdure.streams import policies, tables
+from perdure.streams.decision import Moment, Outputs, ToWorker, of_task
+from perdure.streams.state import State
+
+_STEP_OVERHEAD = 64
+
+
+def next_grant(s: State, m: Moment) -> Outputs:
+    """Grant one task, if one is ready and a slot is idle; yields nothing otherwise."""
+    m = m.following()
+    free = [w for w in s.sessions.values() if w.state == "live" and w.running < w.slots and not w.full]
+    for session in sorted(free, key=lambda w: (w.running - w.slots, w.session)):
+        task_id = _candidate(s, session)
+        if task_id is not None:
+            yield from _grant(s, m, task_id, session)
+            return
+
+
+def _candidate(s: State, session: Session) -> str | None:
+    """The first task in any ready scope that the session serves."""
+    heads = [head for scope in _scopes(s, session) if (head := s.first_ready(scope)) is not None]
+    return min(heads)[1] if heads else None
+
+
+def _scopes(s: State, session: Session) -> Iterator[bytes]:
+    """Ready scopes of the session's queues and types, as far as the types' configuration has arrived here."""
+    for task_type, version in session.types.items():
+        known = s.config("type/" + task_type)
+        if known is None or known[0] < version:
+            continue
+        for queue in session.queues:
+            yield tables.ready(queue, task_type)
+
+
+def _grant(s: State, m: Moment, task_id: str, session: Session) -> Outputs:
+    spec = s.spec(task_id)
+    if spec.policy is None:
+        yield from bind(s, m, task_id)
+    t = s.known(task_id)
+    attempt = t.attempt + (0 if t.charged else 1)
+    yield events.TaskGranted(
+        **of_task(s, m, task_id), epoch=t.epoch + 1, attempt=attempt, worker_id=session.worker_id,
+        session=session.session, grant=session.grants + 1,
+    )  # fmt: skip
+    yield ToWorker(_run_attempt(s, task_id))
+    if s.known(task_id).steps_kept:
+        yield ToWorker(step_page(s, task_id, after=""))
+
+
+def bind(s: State, m: Moment, task_id: str) -> Outputs:
+    """Bind the policy of a task whose type was unknown when it was submitted."""
+    spec = s.spec(task_id)
+    known = s.config("type/" + spec.type)
+    if known is not None and known[0] >= (spec.policy_version or 0):
+        policy = policies.of_type(known[1], spec.overrides)
+        yield events.TaskPolicyBound(**of_task(s, m, task_id), policy=policy, policy_version=known[0])
+
+
+def _run_attempt(s: State, task_id: str) -> inbox.RunAttempt:
+    t, spec = s.known(task_id), s.spec(task_id)
+    policy = policies.effective(s, task_id)
+    total = t.timers.get("total")
+    return inbox.RunAttempt(
+        worker_id=t.worker_id, session=t.session, grant=t.grant, task_id=task_id, type=spec.type, input=spec.input,
+        policy=policy, attempt=t.attempt, epoch=t.epoch, checkpoint=t.checkpoint, steps_total=t.steps_kept,
+        priority=spec.priority, submitted_at=spec.submitted_at,
+        deadline=None if total is None else total - s.clock.offset,
+        run_timeout_left=None if policy.run_timeout is None else max(1, policy.run_timeout - t.run_used),
+        agent_config=spec.agent_config, milestones=t.milestones, resources=spec.resources, labels=spec.labels,
+        begun_steps=[step_id for step_id, step in s.steps(task_id) if step.result is None] if t.steps_kept else [],
+    )  # fmt: skip
+
+
+def step_page(s: State, task_id: str, after: str) -> inbox.StepPage:
+    """The recorded steps behind `after`, as many as fit."""
+    t = s.known(task_id)
+    page: list[StepRecord] = []
+    size, more = 4096, False
+    for step_id, step in s.steps(task_id, after):
+        size += len(step_id) * 4 + len(step.result or b"") + len(step.function) + len(step.args_hash) + _STEP_OVERHEAD
+        if page and size > limits.INBOX_MAX:
+            more = True
+            break
+        if step.result is not None:
+            page.append(StepRecord(
+                step_id=step_id, function=step.function, code_version=step.code_version, args_hash=step.args_hash,
+                result=step.result,
+            ))  # fmt: skip
+    return inbox.StepPage(
+        worker_id=t.worker_id, session=t.session, task_id=task_id, epoch=t.epoch, after=after, steps=page, more=more
+    )

@@ -1,0 +1,192 @@
+"""One partition of a processor: its store, its transactional producer, and the one transaction at a time between them.
+
+A batch goes through numbered steps:
+  1. execute each record on top of the committed state (the overlay);
+  2. begin a transaction and write outputs and changelog;
+  3. commit it together with the input position;
+  4. write the overlay to the store, changelog position included, in one batch.
+A crash between 3 and 4 leaves the store behind the changelog, never ahead: `recover` reads the rest. An aborted
+transaction drops the overlay and executes the same records again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from perdure.schemas.errors import ConfigurationError, LogTruncated
+from perdure.streams.crash_marks import CrashMarks
+from perdure.streams.log import Log, Member, OutcomeUnknown, Reader, Record, Transactional, TransactionAborted
+from perdure.streams.processor import Kind, changelog_rows
+from perdure.streams.store import META, Store
+
+CHANGELOG_POSITION = META + b"changelog"
+RESTORE_BATCH = 2_000
+
+
+class Shard:
+    """One partition of a processor, opened on a store. Used by one thread at a time."""
+
+    def __init__(
+        self,
+        kind: Kind,
+        partition: int,
+        *,
+        log: Log,
+        store: Store,
+        member: Member,
+        transactional_id: str,
+        crash_marks: CrashMarks | None = None,
+    ) -> None:
+        self.kind, self.partition = kind, partition
+        self._log, self._store, self._member = log, store, member
+        self._id = transactional_id
+        self._marks = crash_marks
+        self._producer: Transactional = log.transactional(transactional_id)
+        self._changelog_next: int | None = None
+        self._reader: Reader | None = None
+        self._target = 0
+        self.processor = kind.open(store, partition)
+        self._begin_restore()
+
+    # Recovery --------------------------------------------------------------------------------------------------------
+
+    def _begin_restore(self) -> None:
+        stored = self._store.get(CHANGELOG_POSITION)
+        begin = int.from_bytes(stored, "big") if stored else 0
+        reader = self._log.reader(committed=True)
+        # The target is the end with uncommitted records: this producer's creation has ended every older transaction.
+        first, self._target = reader.bounds(self.kind.changelog, self.partition)
+        if begin > self._target:
+            reader.close()
+            raise ConfigurationError(
+                f"{self.kind.changelog}/{self.partition} ends at {self._target}, but the local store has read up to "
+                f"{begin}: the topic was truncated or replaced. Restore the topic, or remove the local store to rebuild"
+            )
+        reader.assign({(self.kind.changelog, self.partition): max(begin, first)})
+        self._reader = reader
+
+    def restore_some(self) -> bool:
+        """Read the next slice of the changelog into the store; True once the store is up to date."""
+        reader = self._reader
+        if reader is None:
+            return True
+        if not reader.caught_up(self.kind.changelog, self.partition, self._target):
+            records = reader.read(RESTORE_BATCH, 0.2)
+            if records:
+                writes: dict[bytes, bytes | None] = {r.key: r.value for r in records if r.key is not None}
+                self._store.apply(writes | {CHANGELOG_POSITION: (records[-1].offset + 1).to_bytes(8, "big")})
+            return False
+        reader.close()
+        self._reader = None
+        self._store.apply({CHANGELOG_POSITION: self._target.to_bytes(8, "big")})
+        self.processor.rolled_back()
+        return True
+
+    def start_positions(self) -> dict[str, int | None]:
+        """Input topic -> offset to read from; None: from the first record. Raises `LogTruncated`.
+
+        The state's own position is the truth; where the state keeps none (`plain_changelog`) the group's is.
+        """
+        known: dict[str, int] = self.processor.positions()
+        group = self._member.committed([(topic, self.partition) for topic in self.kind.inputs])
+        positions: dict[str, int | None] = {}
+        reader = self._log.reader()
+        for topic in self.kind.inputs:
+            committed = group[topic, self.partition]
+            stated = committed if self.kind.plain_changelog else known.get(topic)
+            if self.kind.plain_changelog and committed is None:
+                stated = None
+            first, _ = reader.bounds(topic, self.partition)
+            if stated is not None and stated < first:
+                reader.close()
+                raise LogTruncated(
+                    f"{topic}/{self.partition} begins at {first}, but {self.kind.name} has executed only up to {stated}: "
+                    f"{first - stated} records were deleted before they were read. Nothing is skipped silently: extend "
+                    f"the topic's retention, and set the position by hand only if the loss is accepted"
+                )
+            positions[topic] = stated
+        reader.close()
+        return positions
+
+    # Batches ---------------------------------------------------------------------------------------------------------
+
+    def run_batch(self, records: list[Record], still_mine: Callable[[], bool] = lambda: True) -> bool:
+        """Execute records and commit; False if the partition was taken away before the commit.
+
+        Raises `Fenced` when another producer has this one's name.
+        """
+        while still_mine():
+            try:
+                self._transact(records)
+                return True
+            except TransactionAborted:
+                self.processor.rolled_back()
+            except OutcomeUnknown:
+                if self._recover_and_compare(records):
+                    return True
+        return False
+
+    def _transact(self, records: list[Record]) -> None:
+        """The four steps of the module's text. Raises `TransactionAborted`, `OutcomeUnknown` or `Fenced`."""
+        # 1
+        for record in records:
+            self._execute(record)
+        out, writes = self.processor.take_out(), self.processor.writes()
+        # 2
+        producer = self._producer
+        producer.begin()
+        try:
+            for o in out:
+                producer.append(o.topic, self.partition, o.key, o.value)
+            for key, value in changelog_rows(writes).items():
+                producer.append(self.kind.changelog, self.partition, key, value, self._noted)
+            # 3
+            positions = self.processor.positions()
+            producer.commit(self._member, {(t, self.partition): positions[t] for t in {r.topic for r in records}})
+        except TransactionAborted:
+            producer.abort()
+            raise
+        # 4
+        if self._changelog_next is not None:
+            writes[CHANGELOG_POSITION] = self._changelog_next.to_bytes(8, "big")
+        self._store.apply(writes)
+        self.processor.committed()
+
+    def _noted(self, offset: int, error: Exception | None) -> None:
+        if error is None:
+            self._changelog_next = offset + 1
+
+    def _execute(self, record: Record) -> None:
+        if self._marks is None:
+            self.processor.execute(record)
+        elif self._marks.is_killer(record.offset):
+            self.processor.set_aside_unread(record, "executing this record has ended the process three times")
+        else:
+            self._marks.enter(record.offset)
+            self.processor.execute(record)
+            self._marks.leave()
+
+    def _recover_and_compare(self, records: list[Record]) -> bool:
+        """After an unknown outcome: a new producer settles it, the changelog tells it. True: it was committed."""
+        self._producer.close()
+        self._producer = self._log.transactional(self._id)
+        self.processor.rolled_back()
+        self._begin_restore()
+        while not self.restore_some():
+            pass
+        last = records[-1]
+        if self.kind.plain_changelog:
+            where = (last.topic, self.partition)
+            committed = self._member.committed([where])[where]
+        else:
+            committed = self.processor.positions().get(last.topic)
+        return committed is not None and committed > last.offset
+
+    def close(self) -> None:
+        """Drop what is not committed and let go of store and producer."""
+        if self._reader is not None:
+            self._reader.close()
+        self._producer.close()
+        self._store.close()
+        if self._marks is not None:
+            self._marks.close()

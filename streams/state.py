@@ -1,0 +1,259 @@
+"""A partition's state as decisions see it: typed rows over a store, with everything since the last commit on top.
+
+`put` is for `evolve` alone. Every change can be undone: to the last mark (one bad record), or to the last commit (an
+aborted transaction). The ready heaps and the session table are derived from rows and never say anything rows do not.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from heapq import heappop, heappush
+from typing import Any, TypeVar
+
+from perdure.schemas import codec, limits
+from perdure.schemas.rows import Clock, Config, Counter, Live, Position, Row, Session, Step, TaskSpec, TaskState
+from perdure.streams import tables
+from perdure.streams.store import Store
+
+Key = tuple[bytes, bytes]
+R = TypeVar("R")
+CACHE_ROWS = 100_000
+
+
+class State:
+    """The rows of one partition."""
+
+    def __init__(self, store: Store, partition: int, partitions: int) -> None:
+        self.partition = partition
+        self.partitions = partitions
+        self._store = store
+        self._dirty: dict[bytes, dict[bytes, Any]] = {}
+        self._clean: dict[Key, Any] = {}
+        self._undo: list[tuple[bytes, bytes, Any, bool]] = []
+        self._load()
+
+    def _load(self) -> None:
+        """(Re)build what is derived from rows."""
+        self._heaps: dict[bytes, list[tuple[bytes, str]]] = {}
+        self._routing_keys: frozenset[str] | None = None
+        self._types: dict[str, tuple[int, dict[str, Any]] | None] = {}
+        self.sessions: dict[str, Session] = {s.decode(): row for s, row in self.scan(tables.SESSIONS)}
+        self.clock: Clock = self.get(tables.CLOCK, b"") or Clock()
+        self.position: Position | None = self.get(tables.POSITION, b"")
+        self.next_timer = self._first_timer()
+        self.grantable = True
+
+    # Reading ---------------------------------------------------------------------------------------------------------
+
+    def get(self, scope: bytes, suffix: bytes) -> Any:
+        """The row, or None."""
+        rows = self._dirty.get(scope)
+        if rows is not None and suffix in rows:
+            return rows[suffix]
+        key = (scope, suffix)
+        if key in self._clean:
+            return self._clean[key]
+        data = self._store.get(scope + suffix)
+        row = None if data is None else codec.decode(data)
+        if len(self._clean) >= CACHE_ROWS:
+            self._clean.clear()
+        self._clean[key] = row
+        return row
+
+    def scan(self, scope: bytes, start: bytes = b"", prefix: bytes = b"") -> Iterator[tuple[bytes, Any]]:
+        """(suffix, row) of a scope in order, from `start` on, as it is now; `prefix` narrows the suffixes."""
+        fresh = self._dirty.get(scope, {})
+        begin = max(start, prefix)
+        mine = sorted(s for s in fresh if s >= begin and s.startswith(prefix))
+        at = 0
+        cut = len(scope)
+        for key, data in self._store.scan(scope + prefix, begin[len(prefix) :] if begin.startswith(prefix) else b""):
+            suffix = key[cut:]
+            while at < len(mine) and mine[at] < suffix:
+                if (row := fresh[mine[at]]) is not None:
+                    yield mine[at], row
+                at += 1
+            if at < len(mine) and mine[at] == suffix:
+                continue
+            if suffix not in fresh:
+                yield suffix, codec.decode(data)
+        for suffix in mine[at:]:
+            if (row := fresh[suffix]) is not None:
+                yield suffix, row
+
+    def task(self, task_id: str) -> TaskState | None:
+        """Where the task stands; None if it is unknown."""
+        row: TaskState | None = self.get(tables.task(task_id), tables.STATE)
+        return row
+
+    def known(self, task_id: str) -> TaskState:
+        """Where a task stands that must exist."""
+        row = self.task(task_id)
+        assert row is not None, f"no task {task_id}"
+        return row
+
+    def spec(self, task_id: str) -> TaskSpec:
+        """What a task is that must exist."""
+        row = self.get(tables.task(task_id), tables.SPEC)
+        assert isinstance(row, TaskSpec), f"no task {task_id}"
+        return row
+
+    def live(self, task_id: str) -> Live | None:
+        """The attempt's latest reports."""
+        row: Live | None = self.get(tables.task(task_id), tables.LIVE)
+        return row
+
+    def steps(self, task_id: str, after: str = "") -> Iterator[tuple[str, Step]]:
+        """Recorded steps in the order of their ids, behind `after`."""
+        start = tables.step(after) + b"\x00" if after else tables.STEPS
+        for suffix, row in self.scan(tables.task(task_id), start=start, prefix=tables.STEPS):
+            yield tables.step_id(suffix), row
+
+    def find_tasks(self, prefix: bytes, most: int) -> list[str]:
+        """Ids of at most `most` tasks whose scope begins with `prefix`, in order; steps are jumped over."""
+        found = [tables.task_of(scope)[1] for scope in self._dirty if scope.startswith(prefix)]
+        start = b""
+        while len(found) < most:
+            first = next(self._store.scan(prefix, start), None)
+            if first is None:
+                break
+            scope, task_id = tables.task_of(first[0])
+            found.append(task_id)
+            start = scope[len(prefix) :] + b"\xff"
+        return sorted({t for t in found if self.task(t) is not None})[:most]
+
+    def counter(self, name: str) -> int:
+        """A number that only grows; 0 at first."""
+        row: Counter | None = self.get(tables.COUNTERS, name.encode())
+        return 0 if row is None else row.value
+
+    def config(self, name: str) -> tuple[int, dict[str, Any]] | None:
+        """(version, content) of an applied configuration name; None if there is none or it was deleted."""
+        if name not in self._types:
+            row: Config | None = self.get(tables.CONFIG, name.encode())
+            present = row is not None and row.content is not None
+            self._types[name] = (row.version, json.loads(row.content)) if row and present else None  # type: ignore[arg-type]
+        return self._types[name]
+
+    def routing_keys(self) -> frozenset[str]:
+        """Every routing key that the applied configuration knows."""
+        if self._routing_keys is None:
+            found = {limits.DEFAULT_QUEUE}
+            for suffix, row in self.scan(tables.CONFIG):
+                kind, _, name = suffix.decode().partition("/")
+                content = {} if row.content is None else json.loads(row.content)
+                if kind == "queue" and row.content is not None:
+                    found |= {name, *content.get("routing_keys", ())}
+                elif kind == "type" and content.get("queue"):
+                    found.add(content["queue"])
+            self._routing_keys = frozenset(found)
+        return self._routing_keys
+
+    def first_ready(self, scope: bytes) -> tuple[bytes, str] | None:
+        """(place, task id) of the first task in a ready scope."""
+        heap = self._heaps.get(scope)
+        if heap is None:
+            heap = self._heaps[scope] = [(suffix, row.task_id) for suffix, row in self.scan(scope)]
+        while heap and self.get(scope, heap[0][0]) is None:
+            heappop(heap)
+        return heap[0] if heap else None
+
+    def partition_time(self, at: int) -> int:
+        """Partition time of a log time, unclamped: what events' due times are made from."""
+        return at + self.clock.offset
+
+    def due(self, at: int, delay: int) -> int:
+        """Partition time `delay` after the log time `at`; in a window of doubt, counted from the later reading."""
+        return at + self.clock.offset + self.clock.unconfirmed + delay
+
+    def _first_timer(self) -> int | None:
+        """Partition time of the earliest timer."""
+        firsts = [next(self.scan(scope), None) for scope in (tables.TIMERS, tables.SOFT_TIMERS)]
+        return min((tables.timer_due(f[0]) for f in firsts if f is not None), default=None)
+
+    def look_for_timers(self) -> None:
+        """Find the earliest timer again, after some have fired."""
+        self.next_timer = self._first_timer()
+
+    # Changing: for evolve alone --------------------------------------------------------------------------------------
+
+    def put(self, scope: bytes, suffix: bytes, row: Row | None) -> None:
+        """Set or (None) delete a row."""
+        rows = self._dirty.setdefault(scope, {})
+        known = suffix in rows
+        self._undo.append((scope, suffix, rows.get(suffix), known))
+        rows[suffix] = row
+        self._derive(scope, suffix, row)
+
+    def _derive(self, scope: bytes, suffix: bytes, row: Any) -> None:
+        kind = scope[:1]
+        if kind == b"q":
+            if row is not None:
+                self.grantable = True
+                if scope in self._heaps:
+                    heappush(self._heaps[scope], (suffix, row.task_id))
+        elif kind in (tables.TIMERS, tables.SOFT_TIMERS):
+            if row is not None and (self.next_timer is None or tables.timer_due(suffix) < self.next_timer):
+                self.next_timer = tables.timer_due(suffix)
+        elif kind == tables.SESSIONS:
+            self.grantable = True
+            if row is None:
+                self.sessions.pop(suffix.decode(), None)
+            else:
+                self.sessions[suffix.decode()] = row
+        elif kind == tables.CONFIG:
+            self.grantable = True
+            self._routing_keys = None
+            self._types.clear()
+        elif kind == tables.CLOCK:
+            self.clock = row or Clock()
+        elif kind == tables.POSITION:
+            self.position = row
+
+    # Marks, undo, commit ---------------------------------------------------------------------------------------------
+
+    def mark(self) -> None:
+        """Everything before this point stands, whatever happens to the next record."""
+        self._undo.clear()
+
+    @property
+    def touched(self) -> int:
+        """Rows changed since the mark."""
+        return len(self._undo)
+
+    def undo(self) -> None:
+        """Back to the mark."""
+        while self._undo:
+            scope, suffix, row, known = self._undo.pop()
+            if known:
+                self._dirty[scope][suffix] = row
+            else:
+                del self._dirty[scope][suffix]
+            self._derive(scope, suffix, self.get(scope, suffix))
+        self.look_for_timers()
+
+    def writes(self) -> dict[bytes, bytes | None]:
+        """Every change since the last commit, encoded."""
+        return {
+            scope + suffix: None if row is None else codec.encode(row)
+            for scope, rows in self._dirty.items()
+            for suffix, row in rows.items()
+        }
+
+    def committed(self) -> None:
+        """The store has the changes now."""
+        for scope, rows in self._dirty.items():
+            for suffix, row in rows.items():
+                self._clean[scope, suffix] = row
+        self._dirty.clear()
+        self._undo.clear()
+        if len(self._clean) > CACHE_ROWS:
+            self._clean.clear()
+
+    def rolled_back(self) -> None:
+        """The transaction was aborted: back to what the store has."""
+        self._dirty.clear()
+        self._undo.clear()
+        self._clean.clear()
+        self._load()

@@ -1,0 +1,73 @@
+"""Submitting: a new task, the same one again, or a refusal."""
+
+from __future__ import annotations
+
+import hashlib
+
+from perdure.schemas import events
+from perdure.schemas.commands import SubmitTask
+from perdure.schemas.errors import InvalidRequest
+from perdure.streams import policies
+from perdure.streams.decision import Moment, Outputs, of_task
+from perdure.streams.state import State
+from perdure.streams.task_lifecycle import place_order
+
+_NOT_CONTENT = {"command_id", "task_id", "issued_by", "reply_to", "policy_version"}
+_COPIED = (
+    "type", "input", "priority", "not_before", "key", "user", "concurrency_key", "after", "resources",
+    "estimated_duration", "agent_config", "callback_url", "labels", "notify",
+)  # fmt: skip
+_SIDE_VALUES = 32 * 1024
+
+
+def submit(s: State, m: Moment, command: SubmitTask) -> Outputs:
+    """Record the task and queue it. Raises `InvalidRequest` for another task under the same id or key."""
+    task_id, queue = command.task_id, command.queue
+    assert queue is not None, "routing fills the queue in"
+    content, value = digests(command)
+    if s.task(task_id) is not None:
+        _check_same(s, command, content, value)
+        return
+    if command.after:
+        raise InvalidRequest("dependencies are not part of this feature level", field="after")
+    if len(command.resources or b"") + len(command.agent_config or b"") > _SIDE_VALUES:
+        raise InvalidRequest(f"resources and agent_config together may be {_SIDE_VALUES:,} bytes", field="agent_config")
+    overrides = policies.overrides_of(command)
+    known = s.config("type/" + command.type)
+    bound = known is not None and known[0] >= (command.policy_version or 0)
+    policy = policies.of_type(known[1], overrides) if known is not None and bound else None
+    yield events.TaskSubmitted(
+        **of_task(s, m, task_id), **{name: getattr(command, name) for name in _COPIED}, queue=queue,
+        order=place_order(m), content_hash=content, input_hash=value, policy=policy,
+        policy_version=known[0] if known is not None and bound else command.policy_version,
+        submitted_by=command.issued_by, overrides=overrides,
+    )  # fmt: skip
+    delay = 0 if command.not_before is None else command.not_before - m.at
+    if delay > 0:
+        yield events.TaskQueued(**of_task(s, m, task_id), reason="delayed", due=s.due(m.at, delay))
+    else:
+        yield events.TaskQueued(**of_task(s, m, task_id), reason="queued")
+
+
+def digests(command: SubmitTask) -> tuple[str, str]:
+    """(digest of all the submitter said, digest of type and input)."""
+    value = _digest((command.type, command.input))
+    retry = None if command.retry is None else sorted(command.retry.__dict__.items())
+    fields = {k: v for k, v in command.__dict__.items() if k not in _NOT_CONTENT}
+    fields |= {"retry": retry, "labels": sorted(command.labels.items())}
+    return _digest(sorted(fields.items())), value
+
+
+def _digest(value: object) -> str:
+    return hashlib.sha256(repr(value).encode()).hexdigest()[:32]
+
+
+def _check_same(s: State, command: SubmitTask, content: str, value: str) -> None:
+    spec = s.spec(command.task_id)
+    if command.key is not None and spec.key == command.key:
+        if spec.input_hash != value:
+            raise InvalidRequest(f"key {command.key!r} was used before with another input", field="key")
+    elif spec.content_hash != content:
+        raise InvalidRequest(f"another task has the id {command.task_id!r}", field="task_id")
+
+

@@ -1,0 +1,131 @@
+"""Key layout of the engine's state.
+
+A key is a scope and a suffix. A scope is what is ever scanned as a whole; texts inside keys are written with FoundationDB's
+tuple rule (NUL becomes NUL FF, the text ends with one NUL), so no text can reach into another's keys and order is kept.
+All keys of a task lie in one scope, its steps as keys of their own.
+"""
+
+from __future__ import annotations
+
+import re
+
+from perdure.schemas import ids
+
+TIMERS = b"d"
+SOFT_TIMERS = b"D"
+CONFIG = b"c"
+COUNTERS = b"n"
+SESSIONS = b"S"
+MARKS = b"m"
+CLOCK = b"k"
+WINDOW = b"W"
+POSITION = b"z"
+
+SPEC = b"c"
+STATE = b"s"
+RESULT = b"r"
+LIVE = b"l"
+ANSWERS = b"a"
+STEPS = b"p"
+
+_SESSION_CLASS = {SOFT_TIMERS, SESSIONS, MARKS, POSITION, b"w"}
+
+
+def text(value: str) -> bytes:
+    """A text as part of a key."""
+    return value.encode().replace(b"\x00", b"\x00\xff") + b"\x00"
+
+
+def number(value: int) -> bytes:
+    """A number from 0 as part of a key."""
+    return value.to_bytes(8, "big")
+
+
+def task(task_id: str) -> bytes:
+    """Scope of a task. The local id comes first, so that a task is found without its routing key."""
+    routing_key, local = ids.split(task_id)
+    return b"t" + text(local) + text(routing_key)
+
+
+def tasks_from(local_prefix: str) -> bytes:
+    """Prefix of the scopes of all tasks whose local id begins with a text."""
+    return b"t" + text(local_prefix)[:-1]
+
+
+def task_of(key: bytes) -> tuple[bytes, str]:
+    """(scope, task id) of any key of a task."""
+    local, at = _read_text(key, 1)
+    routing_key, at = _read_text(key, at)
+    return key[:at], ids.join(routing_key, local)
+
+
+def _read_text(key: bytes, at: int) -> tuple[str, int]:
+    end = at
+    while True:
+        end = key.index(b"\x00", end)
+        if key[end + 1 : end + 2] != b"\xff":
+            return key[at:end].replace(b"\x00\xff", b"\x00").decode(), end + 1
+        end += 2
+
+
+def answer(command_id: str) -> bytes:
+    """Suffix of a stored answer."""
+    return ANSWERS + text(command_id)
+
+
+def step(step_id: str) -> bytes:
+    """Suffix of a step; ordered as the ids are."""
+    return STEPS + step_id.encode()
+
+
+def step_id(suffix: bytes) -> str:
+    """The step id in a suffix."""
+    return suffix[1:].decode()
+
+
+def ready(queue: str, task_type: str) -> bytes:
+    """Scope of the ready queue of one queue and type."""
+    return b"q" + text(queue) + text(task_type)
+
+
+def place(priority: int, order: int) -> bytes:
+    """Suffix of a place in the ready queue: higher priority first, then lower order."""
+    return bytes([9 - priority]) + number(order)
+
+
+def leases(session: str) -> bytes:
+    """Scope of the leases of a session; the suffix is the grant's number."""
+    return b"g" + text(session)
+
+
+def timer(due: int, kind: str, task_id: str) -> bytes:
+    """Suffix of a timer."""
+    return number(max(due, 0)) + text(kind) + text(task_id)
+
+
+def timer_due(suffix: bytes) -> int:
+    """The due time in a timer's suffix."""
+    return int.from_bytes(suffix[:8], "big")
+
+
+def outbox(target: int) -> bytes:
+    """Scope of the records for one partition; the suffix is their number."""
+    return b"o" + target.to_bytes(4, "big")
+
+
+def unbound(task_type: str) -> bytes:
+    """Scope of the tasks of a type whose policy is not bound; the suffix is the task id."""
+    return b"u" + text(task_type)
+
+
+def waiters(task_id: str) -> bytes:
+    """Scope of the clients that wait for a task; the suffix is the command id."""
+    return b"w" + text(task_id)
+
+
+def is_durable(key: bytes) -> bool:
+    """Whether a row belongs to the durable class: a fold of task-events."""
+    return key[:1] not in _SESSION_CLASS and _LIVE_KEY.fullmatch(key) is None
+
+
+_LIVE_KEY = re.compile(rb"t(?:[^\x00]|\x00\xff)*\x00(?:[^\x00]|\x00\xff)*\x00l", re.DOTALL)

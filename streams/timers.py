@@ -1,0 +1,162 @@
+"""What a tick does: cursors go on, timers fire, silent sessions are looked at.
+
+Only ticks fire timers. A timer counts only while its task still names the same due time; all others are left-overs of
+replaced ones and are dropped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from perdure.schemas import events, limits
+from perdure.schemas.commands import Tick
+from perdure.schemas.inbox import RevokeAttempt
+from perdure.schemas.rows import Mark, Timer
+from perdure.streams import attempts, clock, leases, policies, ready_queue, tables, task_lifecycle
+from perdure.streams.decision import Moment, Note, Outputs, ToWorker, of_task
+from perdure.streams.state import State
+from perdure.streams.task_lifecycle import ENDED
+
+SKEW = b"skew"
+BINDING = b"binding/"
+_KEYS = limits.DECISION_KEYS * 9 // 10
+
+
+def tick(s: State, m: Moment, record: Tick) -> Outputs:
+    """Time has passed, if log and host agree on it."""
+    skew = record.host_clock - m.at
+    if not clock.agrees(record, m.at):
+        yield Note(tables.MARKS, SKEW, Mark(value=abs(skew)))
+        return
+    if s.get(tables.MARKS, SKEW) is not None:
+        yield Note(tables.MARKS, SKEW, None)
+    if m.at - record.due > limits.BEAT_MS:
+        yield from leases.restart(s, m)
+    yield from clock.settle(s, m, next(s.scan(tables.WINDOW), None) is not None)
+    yield from _go_on(s, m)
+    yield from _fire(s, m, tables.TIMERS)
+    yield from _fire(s, m, tables.SOFT_TIMERS)
+    if s.touched < _KEYS:
+        yield from leases.examine(s, m)
+
+
+def _go_on(s: State, m: Moment) -> Outputs:
+    """One chunk of each cursor, as far as the decision's budget goes."""
+    for suffix, mark in list(s.scan(tables.MARKS)):
+        kind, _, rest = suffix.partition(b"/")
+        if s.touched >= _KEYS:
+            return
+        if kind + b"/" == leases.ENDING:
+            yield from leases.end_leases(s, m, rest.decode(), mark.text)
+        elif kind + b"/" == leases.DRAINING:
+            yield from leases.drain(s, m, rest.decode(), tables.number(mark.value))
+        elif kind + b"/" == attempts.RETIRING:
+            yield from attempts.retire_steps(s, m, rest.decode())
+        elif kind + b"/" == BINDING:
+            yield from bind_tasks(s, m, rest.decode())
+
+
+def bind_tasks(s: State, m: Moment, task_type: str) -> Outputs:
+    """Bind the policies of tasks that were submitted before their type was known here, a chunk at a time."""
+    scope = tables.unbound(task_type)
+    waiting = [row.task_id for _, row in s.scan(scope)]
+    for task_id in waiting[: limits.CHUNK]:
+        yield from ready_queue.bind(s, m.following(), task_id)
+    cursor = BINDING + task_type.encode()
+    if len(waiting) > limits.CHUNK:
+        yield Note(tables.MARKS, cursor, Mark())
+    elif s.get(tables.MARKS, cursor) is not None:
+        yield Note(tables.MARKS, cursor, None)
+
+
+def _fire(s: State, m: Moment, scope: bytes) -> Outputs:
+    for fired, (suffix, timer) in enumerate(list(_due(s, scope, m.now))):
+        if fired >= limits.TICK_TIMERS or s.touched >= _KEYS:
+            return
+        due = tables.timer_due(suffix)
+        if scope == tables.SOFT_TIMERS:
+            yield Note(scope, suffix, None)
+            yield from _soft(s, m, timer)
+            continue
+        t = s.task(timer.task_id)
+        assert t is not None, "a task's timers go with it"
+        assert t.timers.get(timer.kind) == due, f"timer {timer.kind} of {timer.task_id} is left over"
+        yield from _KINDS[timer.kind](s, m.following(), timer.task_id)
+
+
+def _due(s: State, scope: bytes, now: int) -> list[tuple[bytes, Timer]]:
+    found: list[tuple[bytes, Timer]] = []
+    for suffix, timer in s.scan(scope):
+        if tables.timer_due(suffix) > now or len(found) > limits.TICK_TIMERS:
+            break
+        found.append((suffix, timer))
+    return found
+
+
+def _ready(s: State, m: Moment, task_id: str) -> Outputs:
+    yield events.TaskQueued(**of_task(s, m, task_id), reason="queued")
+
+
+def _not_started(s: State, m: Moment, task_id: str) -> Outputs:
+    t = s.known(task_id)
+    why = "not started within its deadline"
+    yield ToWorker(RevokeAttempt(worker_id=t.worker_id, session=t.session, task_id=task_id, epoch=t.epoch, why=why))
+    yield from task_lifecycle.lost(s, m, task_id, "not_started")
+
+
+def _timeout(kind: str) -> Callable[[State, Moment, str], Outputs]:
+    return lambda s, m, task_id: task_lifecycle.time_is_up(s, m, task_id, kind)
+
+
+def _retire(s: State, m: Moment, task_id: str) -> Outputs:
+    """Forget an ended task: first its steps and answers, a chunk with each tick, then itself."""
+    scope = tables.task(task_id)
+    kept = [step_id for step_id, _ in s.steps(task_id)][: limits.STEPS_CHUNK]
+    if kept:
+        yield events.StepsRetired(
+            **of_task(s, m, task_id), from_step=kept[0], up_to_step=kept[-1], count=len(kept)
+        )
+        return
+    answers = sum(1 for _ in s.scan(scope, prefix=tables.ANSWERS))
+    if answers:
+        yield events.AnswersForgotten(**of_task(s, m, task_id), count=min(answers, limits.STEPS_CHUNK))
+        return
+    yield events.TaskRetired(**of_task(s, m, task_id))
+
+
+def _soft(s: State, m: Moment, timer: Timer) -> Outputs:
+    """A timer of the session class: look whether there is still something to do."""
+    t = s.task(timer.task_id)
+    if timer.kind == "waiter":
+        for suffix, waiter in list(s.scan(tables.waiters(timer.task_id))):
+            if waiter.expires <= m.now:
+                yield from task_lifecycle.answer_waiter(s, m, timer.task_id, suffix, waiter)
+        return
+    limit = None if t is None or t.state in ENDED else policies.effective(s, timer.task_id).no_progress_timeout
+    live = s.live(timer.task_id)
+    if t is None or limit is None or live is None or not t.started or t.stopping in ("timing_out", "cancelling"):
+        return
+    due = live.active + limit
+    if due <= m.now:
+        yield from task_lifecycle.time_is_up(s, m.following(), timer.task_id, "progress")
+    else:
+        yield Note(tables.SOFT_TIMERS, tables.timer(due, "progress", timer.task_id), timer)
+
+
+_KINDS: dict[str, Callable[[State, Moment, str], Outputs]] = {
+    "due": _ready,
+    "start": _not_started,
+    "queue": _timeout("queue"),
+    "run": _timeout("run"),
+    "total": _timeout("total"),
+    "retain": _retire,
+}
+
+
+def next_tick(s: State) -> int | None:
+    """Log time at which the next tick has something to do; None: never, as things stand."""
+    if s.clock.unconfirmed or s.clock.shift or any(k != SKEW for k, _ in s.scan(tables.MARKS)):
+        return 0
+    looks = [s.next_timer, *(leases.next_look(w) for w in s.sessions.values())]
+    firsts = [at for at in looks if at is not None]
+    return min(firsts) - s.clock.offset if firsts else None
