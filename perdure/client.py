@@ -108,8 +108,9 @@ class Client:
         """The fields that every command of this client has."""
         return {"command_id": ids.new_id(), "issued_by": self._issued_by, "reply_to": self.id}
 
-    def ask(self, query: DescribeTask | AwaitTask, timeout_s: float = _VERDICT_S) -> CommandReply:
-        """The engine's answer to a query about a task. Raises `InvalidRequest`, or `Unreachable` if none came."""
+    def ask(self, query: DescribeTask | AwaitTask, timeout_s: float | None = None) -> CommandReply:
+        """The engine's answer to a query about a task. Raises `InvalidRequest`, or `Unreachable` without one."""
+        timeout_s = _VERDICT_S if timeout_s is None else timeout_s
         json_commands.check(query)
         expected = self._connection().replies.expect(query.command_id)
         self._send(query)

@@ -32,9 +32,7 @@ def host_id(state_dir: Path) -> str:
             _create(path, str(uuid.uuid4()))
         return str(uuid.UUID(path.read_text().strip()))
     except OSError as error:
-        raise ConfigurationError(
-            f"state directory {state_dir} is unusable: {error.strerror}; take another"
-        ) from error
+        raise ConfigurationError(f"state directory {state_dir} is unusable: {error.strerror}; take another") from error
     except ValueError as error:
         raise ConfigurationError(f"{path} holds no host id; delete it, and a new one is made") from error
 

@@ -11,7 +11,7 @@ from perdure.schemas.errors import CommandRefused, DecodeError, InfrastructureEr
 from perdure.schemas.inbox import CommandReply
 from perdure.streams.log import Log, Reader, Record
 
-_POLL_S = 0.2
+_POLL_S = 0.05  # also what `close` may have to wait for
 
 
 class Expected:
@@ -108,6 +108,6 @@ def raise_refusal(reply: CommandReply, task_id: str) -> None:
     """Raise what a negative answer means; do nothing for a positive one."""
     if reply.accepted:
         return
-    if reply.reason == "not_found":
+    if reply.reason.startswith("not_found"):
         raise NotFound(f"no task has the id {task_id!r}, as far as the engine knows")
     raise CommandRefused(reply.reason, field=reply.field)

@@ -110,10 +110,27 @@ def share_out(slots: int, weights: Mapping[int, int]) -> dict[int, int]:
 # Sessions ------------------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Lane:
+    """This worker's slots for one executor.
+
+    The engine counts one number of slots for each worker. A process that offers both kinds is two workers to it, so a
+    grant always finds the kind of slot that it was counted for.
+    """
+
+    worker_id: str
+    executor: str
+    """process or async."""
+    types: dict[str, int]
+    """Task type -> version of its configuration."""
+    slots: int
+
+
 @dataclass(eq=False)
 class Session:
-    """The worker's standing with one partition, as far as the worker knows."""
+    """A lane's standing with one partition, as far as the worker knows."""
 
+    lane: Lane
     partition: int
     id: str
     routing_keys: list[str]
@@ -124,12 +141,20 @@ class Session:
     """When the newest beat that is known to be in the log was sent; at first, when the session began."""
     beat_due: int
     grants_seen: int = 0
+    running: int = 0
+    """Attempts of the session that hold a slot."""
+    declined: bool = False
+    """Whether a grant was declined: the engine gives no other before the next beat."""
     announced: bool = False
-    stopping: bool = False
+
+    @property
+    def stale_at(self) -> int:
+        """When the lease may have ended without the worker's knowledge, if nothing is heard until then."""
+        return self.heard + STALE_MS + 1
 
     def stale(self, now: int) -> bool:
         """Whether the lease may have ended without the worker's knowledge."""
-        return now - self.heard > STALE_MS
+        return now >= self.stale_at
 
     def orphaned(self, now: int) -> bool:
         """Whether nothing has been heard for so long that the session's tasks are given up."""
@@ -139,40 +164,37 @@ class Session:
 class Sessions:
     """All sessions of this process. For the main thread, but `on_heard` is called on the log's threads."""
 
-    def __init__(
-        self,
-        producer: Producer,
-        signer: tuple[str, bytes],
-        worker_id: str,
-        types: dict[str, int],
-        on_heard: Callable[[Session], None],
-    ) -> None:
+    def __init__(self, producer: Producer, signer: tuple[str, bytes], on_heard: Callable[[Session], None]) -> None:
         self._producer, self._signer, self._on_heard = producer, signer, on_heard
-        self._worker_id, self._types = worker_id, types
-        self._by_partition: dict[int, Session] = {}
+        self._sessions: dict[tuple[int, str], Session] = {}
 
     def __iter__(self) -> Iterator[Session]:
-        return iter(list(self._by_partition.values()))
+        return iter(list(self._sessions.values()))
 
     def find(self, partition: int, session_id: str) -> Session | None:
         """The session, if it is one of ours and not over."""
-        session = self._by_partition.get(partition)
-        return session if session is not None and session.id == session_id else None
+        return self._sessions.get((partition, session_id))
 
     def begin(
-        self, partition: int, session_id: str, routing_keys: list[str], lent: int, offset: int, now: int
+        self, lane: Lane, partition: int, session_id: str, routing_keys: list[str], lent: int, offset: int, now: int
     ) -> Session:
-        """A new session, announced to its partition; replaces the one that the partition had."""
-        session = Session(partition, session_id, routing_keys, lent, offset, heard=now, beat_due=now)
-        self._by_partition[partition] = session
+        """A new session, announced to its partition."""
+        session = Session(lane, partition, session_id, routing_keys, lent, offset, heard=now, beat_due=now)
+        self._sessions[partition, session_id] = session
         self._announce(session, now)
         return session
 
+    def end(self, session: Session) -> None:
+        """The session is over."""
+        del self._sessions[session.partition, session.id]
+
     def renew(self, session: Session, now: int) -> Session:
-        """The session that follows one that has ended. The inbox is being read on, so nothing is missed."""
+        """End a session and begin the one that follows it. The inbox is being read on, so nothing is missed."""
+        self.end(session)
         return self.begin(
-            session.partition, ids.new_id("s-"), session.routing_keys, session.lent, session.inbox_offset, now
-        )
+            session.lane, session.partition, new_session_id(), session.routing_keys, session.lent,
+            session.inbox_offset, now,
+        )  # fmt: skip
 
     def beat(self, now: int, free: Callable[[Session], int]) -> None:
         """Send the beats that are due."""
@@ -185,21 +207,28 @@ class Sessions:
             message = WorkerBeat(session=session.id, grants_seen=session.grants_seen, free=free(session))
             self._append(session, message, self._hears(session, now))
 
-    def next_beat(self) -> int:
-        """When the next beat is due."""
-        return min(session.beat_due for session in self._by_partition.values())
+    def next_beat(self) -> int | None:
+        """When the next beat is due; None: there is no session."""
+        return min((session.beat_due for session in self), default=None)
+
+    def beat_after_decline(self, executor: str, now: int) -> None:
+        """A slot is free: let the engine know of it at once where it has held back since a grant was declined."""
+        for session in self:
+            if session.declined and session.lane.executor == executor:
+                session.declined = False
+                session.beat_due = now
 
     def stop(self, reason: str) -> None:
         """Tell every partition that this worker takes no more work."""
         for session in self:
-            session.stopping = True
             self._append(session, WorkerStopping(session=session.id, reason=reason), None)
 
     def _announce(self, session: Session, now: int) -> None:
         session.announced = True
         message = WorkerStarted(
-            session=session.id, worker_id=self._worker_id, types=self._types, queues=session.routing_keys,
-            slots=session.lent, inbox_offset=session.inbox_offset, host=socket.gethostname(), pid=os.getpid(),
+            session=session.id, worker_id=session.lane.worker_id, types=session.lane.types,
+            queues=session.routing_keys, slots=session.lent, inbox_offset=session.inbox_offset,
+            host=socket.gethostname(), pid=os.getpid(),
         )  # fmt: skip
         heard = self._hears(session, now)
 
@@ -222,25 +251,35 @@ class Sessions:
 
     def _append(self, session: Session, message: SessionRecord, on_ack: OnAck | None) -> None:
         value = signing.signed(message, *self._signer)
-        self._producer.append(topics.COMMANDS.name, session.partition, self._worker_id.encode(), value, on_ack)
+        key = session.lane.worker_id.encode()
+        self._producer.append(topics.COMMANDS.name, session.partition, key, value, on_ack)
+
+
+def new_session_id() -> str:
+    """A fresh session id, ordered by time."""
+    return ids.new_id("s-")
 
 
 # The inbox -----------------------------------------------------------------------------------------------------------
 
 
 class Inbox(threading.Thread):
-    """Reads `worker-inbox` and hands over what is addressed to this worker, on a thread of its own."""
+    """Reads `worker-inbox` and hands over what may be addressed to this worker, on a thread of its own.
+
+    The engine does not know the worker of a session that is over; what it says to such a one has an empty key.
+    """
 
     def __init__(
         self,
         reader: Reader,
         producer: Producer,
-        worker_id: str,
+        worker_ids: Iterable[str],
         deliver: Callable[[int, InboxRecord], None],
         fail: Callable[[PerdureError], None],
     ) -> None:
         super().__init__(name="perdure-inbox", daemon=True)
-        self._reader, self._producer, self._key = reader, producer, worker_id.encode()
+        self._reader, self._producer = reader, producer
+        self._keys = {worker_id.encode() for worker_id in worker_ids} | {b""}
         self._deliver, self._fail = deliver, fail
         self._closing = threading.Event()
 
@@ -248,7 +287,7 @@ class Inbox(threading.Thread):
         try:
             while not self._closing.is_set():
                 for record in self._reader.read(INBOX_RECORDS, 0.25):
-                    if record.key == self._key and record.value is not None:
+                    if record.key in self._keys and record.value is not None:
                         self._take(record, record.value)
         except PerdureError as error:
             self._fail(error)

@@ -8,14 +8,15 @@ from typing import Any, TypedDict
 
 from perdure.schemas import json_commands
 from perdure.schemas.commands import SubmitTask
-from perdure.schemas.common import Retry
+from perdure.schemas.common import Retry as RetryRecord
 from perdure.schemas.durations import Duration
 from perdure.schemas.errors import InvalidRequest
+from perdure.tasks import Retry, retry_record
 
 Moment = str | float | dt.datetime
 
 
-class SubmitOptions(TypedDict, total=False):
+class MoreOptions(TypedDict, total=False):
     """All of it optional; None counts as not said. Plain numbers are seconds."""
 
     id: str | None
@@ -30,27 +31,33 @@ class SubmitOptions(TypedDict, total=False):
     """Not before so much time from now."""
     at: Moment | None
     """Not before this time: RFC 3339, an aware datetime, or seconds since 1970."""
-    timeout: Duration | None
-    """Running time of one attempt."""
     queue_timeout: Duration | None
     total_timeout: Duration | None
     no_progress_timeout: Duration | None
-    retry: Retry | Mapping[str, Any] | None
     labels: Mapping[str, str] | None
     user: str | None
     concurrency_key: str | None
     after: Sequence[str] | None
     resources: Mapping[str, Any] | None
-    estimated_duration: Duration | None
-    """The first ETA."""
-    agent_config: Mapping[str, Any] | None
-    """Handed to the task as `ctx.config`."""
     checkpoint_interval: Duration | None
     checkpoint_storage: str | None
     callback_url: str | None
     on_success: str | None
-    on_failure: str | None
     notify: Sequence[str] | None
+
+
+class SubmitOptions(MoreOptions, total=False):
+    """All that a caller may say about a task besides its type and input."""
+
+    timeout: Duration | None
+    """Running time of one attempt."""
+    retry: Retry | RetryRecord | Mapping[str, Any] | None
+    on_failure: str | None
+    """task:TYPE, notify:TARGET, or a bare name of either."""
+    estimated_duration: Duration | None
+    """The first ETA."""
+    agent_config: Mapping[str, Any] | None
+    """Handed to the task as `ctx.config`."""
 
 
 def to_command(head: Mapping[str, Any], type: str, input: Any, options: SubmitOptions, *, now: int) -> SubmitTask:
@@ -58,11 +65,11 @@ def to_command(head: Mapping[str, Any], type: str, input: Any, options: SubmitOp
 
     Raises `InvalidRequest` naming the option, or `TypeError` for an option that does not exist.
     """
-    unknown = options.keys() - SubmitOptions.__annotations__.keys()
+    unknown = options.keys() - SubmitOptions.__optional_keys__
     if unknown:
         raise TypeError(f"submit() got an unexpected keyword argument {min(unknown)!r}")
     given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
-    task_id, delay, at, timeout = (given.pop(name, None) for name in ("id", "delay", "at", "timeout"))
+    task_id, delay, at, timeout, retry = (given.pop(n, None) for n in ("id", "delay", "at", "timeout", "retry"))
     if delay is not None and at is not None:
         raise InvalidRequest("delay and at exclude each other: give one of them", field="delay")
     fields = json_commands.convert(SubmitTask, given | {"type": type, "input": input})
@@ -76,6 +83,8 @@ def to_command(head: Mapping[str, Any], type: str, input: Any, options: SubmitOp
         fields["not_before"] = json_commands.to_time(at, "at")
     if timeout is not None:
         fields["run_timeout"] = json_commands.to_ms(timeout, "timeout")
+    if retry is not None:
+        fields["retry"] = retry if isinstance(retry, RetryRecord) else retry_record(retry)
     command = SubmitTask(**head, **fields)
     json_commands.check(command)
     return command

@@ -11,19 +11,20 @@ repeat is numbered only within one section, after the use before it has ended; a
 
 from __future__ import annotations
 
+import asyncio
+import itertools
 import re
-from collections.abc import AsyncIterator, Iterable, Iterator, Sequence, Set, Sized
+import threading
+from collections.abc import AsyncIterable, AsyncIterator, Iterable, Iterator, Sequence, Sized
 from contextvars import ContextVar
 from functools import lru_cache
-from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 from urllib.parse import quote
+from weakref import WeakKeyDictionary
 
+from perdure.exchange import Exchange, Flow
 from perdure.schemas import limits
 from perdure.schemas.errors import DuplicateStep, StepError
-
-if TYPE_CHECKING:
-    from perdure.attempt import Attempt, Flow
 
 _SPECIAL = re.compile(r"[/@\[\]#%\x00-\x1f\x7f-\x9f]")
 
@@ -48,27 +49,31 @@ def quoted(name: str) -> str:
 class Scope:
     """The root of a task or one item of a track: what its steps and tracks are numbered within."""
 
-    __slots__ = ("_counts", "_open", "_sections", "path")
+    __slots__ = ("_counts", "_open", "_sections", "outer", "path")
 
-    def __init__(self, path: str = "") -> None:
+    def __init__(self, path: str = "", outer: Scope | None = None) -> None:
         self.path = path
+        self.outer = outer
         self._counts: dict[str, int] = {}
         self._sections: dict[str, int] = {}
         self._open: set[str] = set()
 
-    def step(self, name: str, key: str | None, section: int) -> str:
-        """The identity of a step that begins now, until `ended`. Raises `DuplicateStep` or `StepError`."""
+    def step(self, name: str, key: object, section: int) -> tuple[str, str]:
+        """(identity without occurrence, identity) of a step that begins now and lasts until `ended`.
+
+        Raises `DuplicateStep` or `StepError`.
+        """
         base = f"{self.path}/{quoted(name)}" if key is None else f"{self.path}/{quoted(name)}[{quoted(str(key))}]"
         step_id = self._numbered(base, base, section)
         if len(step_id) * 4 > limits.STEP_ID_MAX and len(step_id.encode()) > limits.STEP_ID_MAX:
             raise StepError(f"the step {step_id[:80]!r}... has an identity of more than {limits.STEP_ID_MAX:,} bytes; "
                             "use shorter names and keys")  # fmt: skip
         self._open.add(base)
-        return step_id
+        return base, step_id
 
-    def ended(self, step_id: str) -> None:
-        """The step of that identity has ended, in whatever way."""
-        self._open.discard(step_id.partition("#")[0])
+    def ended(self, base: str) -> None:
+        """The open step of that identity has ended, in whatever way."""
+        self._open.discard(base)
 
     def track(self, name: str, section: int) -> str:
         """The path of a track that begins now. Raises `DuplicateStep` or `StepError`."""
@@ -90,5 +95,165 @@ class Scope:
         return base if count == 1 else f"{base}#{count}"
 
 
-current_scope: ContextVar[Scope] = ContextVar("perdure_scope")
-"""Where this section is; unset: where the task's own section is."""
+_here: ContextVar[Scope] = ContextVar("perdure_scope")
+"""Where this context is; unset: where the task's own section is."""
+
+
+class Sections:
+    """The threads and asyncio tasks that an attempt's user code runs in, and the scope each is in."""
+
+    def __init__(self, *, is_async: bool) -> None:
+        self._is_async = is_async
+        self._own: object = None
+        self._numbers: WeakKeyDictionary[Any, int] = WeakKeyDictionary()
+        self._next = itertools.count(1)
+        self.trunk = Scope()
+        """Where the task's own section is."""
+
+    def begin(self) -> None:
+        """The present section runs the task function."""
+        self._own = self._present()
+        _here.set(self.trunk)
+
+    def number(self) -> int:
+        """The present section: 0 is the one that runs the task function."""
+        present = self._present()
+        if present is self._own:
+            return 0
+        found = self._numbers.get(present)
+        return self._numbers.setdefault(present, next(self._next)) if found is None else found
+
+    @property
+    def scope(self) -> Scope:
+        """The innermost track item that is open in the present section, or the root."""
+        return _here.get(self.trunk)
+
+    def move(self, scope: Scope) -> None:
+        """The present section goes on in `scope`."""
+        _here.set(scope)
+        if self.number() == 0:
+            self.trunk = scope
+
+    def open_scopes(self) -> Iterator[Scope]:
+        """The scopes that the task's own section is in, innermost first."""
+        scope: Scope | None = self.trunk
+        while scope is not None:
+            yield scope
+            scope = scope.outer
+
+    def _present(self) -> object:
+        if self._is_async:
+            try:
+                return asyncio.current_task()
+            except RuntimeError:  # a thread that the task started
+                return threading.current_thread()
+        return threading.current_thread()
+
+
+class Place(Protocol):
+    """The part of an attempt that a track stands on."""
+
+    sections: Sections
+
+    def open_track(self, name: str) -> tuple[str, int]:
+        """(path, items done) of a track that begins here."""
+
+    def at_item(self, path: str, done: int) -> Flow[None]:
+        """Stand between two items of a track: a boundary."""
+
+    def report_units(self, done: int, total: int | None) -> None:
+        """Say how far the outermost track is."""
+
+    @property
+    def exchange(self) -> Exchange:
+        """What carries flows through."""
+
+
+class _Track:
+    """What sync and async tracks have in common: their place, their position and the scope of the open item."""
+
+    _item: Scope | None = None
+
+    def __init__(self, place: Place, iterable: Any, total: int | None, name: str) -> None:
+        if isinstance(iterable, (set, frozenset)):
+            raise StepError("a set has another order in every process, so a track over it cannot resume; sort it first")
+        self._place, self._sections = place, place.sections
+        self._outer, self._section = self._sections.scope, self._sections.number()
+        self._path, self._done = place.open_track(name)
+        self._total = len(iterable) if total is None and isinstance(iterable, Sized) else total
+
+    def _between(self) -> Flow[None]:
+        """End the open item, if there is one, and stand at a boundary."""
+        if self._item is not None:
+            self._leave()
+            self._done += 1
+        if not self._outer.path:
+            self._place.report_units(self._done, self._total)
+        yield from self._place.at_item(self._path, self._done)
+
+    def _enter(self) -> None:
+        self._item = Scope(f"{self._path}@{self._done:012d}", self._outer)
+        self._sections.move(self._item)
+
+    def _leave(self) -> None:
+        self._item = None
+        self._sections.move(self._outer)
+
+    def __del__(self) -> None:
+        # A loop left by `break` or an exception drops its iterator at once: what follows is outside of the item.
+        item = self._item
+        if item is not None and self._sections.number() == self._section and item in self._sections.open_scopes():
+            self._leave()
+
+
+class SyncTrack(_Track, Iterator[Any]):
+    """`for item in ctx.track(...)`."""
+
+    def __init__(self, place: Place, iterable: Iterable[Any], total: int | None, name: str) -> None:
+        super().__init__(place, iterable, total, name)
+        self._items = _items(iterable, self._done)
+
+    def __next__(self) -> Any:
+        self._place.exchange.drive(self._between())
+        item = next(self._items)
+        self._enter()
+        return item
+
+
+class AsyncTrack(_Track, AsyncIterator[Any]):
+    """`async for item in ctx.track(...)`, over a plain or an async iterable."""
+
+    def __init__(
+        self, place: Place, iterable: Iterable[Any] | AsyncIterable[Any], total: int | None, name: str
+    ) -> None:
+        super().__init__(place, iterable, total, name)
+        self._items = _async_items(iterable, self._done)
+
+    def __iter__(self) -> Iterator[Any]:
+        raise StepError("in an async task a track is gone through with: async for item in ctx.track(...)")
+
+    async def __anext__(self) -> Any:
+        await asyncio.sleep(0)  # a loop that awaits nothing else must not keep the other tasks from running
+        await self._place.exchange.drive_async(self._between())
+        item = await anext(self._items)
+        self._enter()
+        return item
+
+
+def _items(iterable: Iterable[Any], done: int) -> Iterator[Any]:
+    """What is left of an iterable after `done` items."""
+    if isinstance(iterable, Sequence):
+        return (iterable[index] for index in range(done, len(iterable)))
+    return itertools.islice(iter(iterable), done, None)
+
+
+async def _async_items(iterable: Iterable[Any] | AsyncIterable[Any], done: int) -> AsyncIterator[Any]:
+    if isinstance(iterable, AsyncIterable):
+        async for item in iterable:
+            if done > 0:
+                done -= 1
+            else:
+                yield item
+    else:
+        for item in _items(iterable, done):
+            yield item

@@ -7,7 +7,8 @@ topics have no common order: telemetry may come late, and then counts only while
 running: all epochs together, from the start of user code, without queues and pauses. Work that was lost and done again
 so slows the estimate, as it slowed the task, and an epoch that resumes at 60 % does not look infinitely fast. What is
 left at that pace counts from now, or from when the task becomes ready. Before there is a pace, the submitter's
-`estimated_duration`, less the time already spent, takes its place; a paused or ended task has no estimate.
+`estimated_duration`, less the time already spent, takes its place; a paused or ended task has no estimate, nor has one
+that would take a century.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import math
 from typing import Any, assert_never
 
 from perdure.projections.inputs import Fact, Transaction, readable, task_of
-from perdure.schemas import events, topics
+from perdure.schemas import durations, events, topics
 from perdure.schemas.codec import decode_as, encode, replace
 from perdure.schemas.common import ErrorInfo
 from perdure.schemas.public import TaskProgress
@@ -28,6 +29,7 @@ MILESTONES_SHOWN_MAX = 64 * 1024
 """Text of all milestones shown; the oldest go first."""
 
 _ENDED = ("COMPLETED", "FAILED", "TIMED_OUT", "CANCELLED")
+STATES = ("PENDING", "RUNNING", "PAUSED", *_ENDED)
 
 _Course = (
     events.TaskQueued
@@ -171,7 +173,7 @@ def _eta(p: TaskProgress, at: int) -> int | None:
         left = max(0, p.estimated_duration - spent)
     else:
         return None
-    return max(at, p.due or 0) + round(left)
+    return None if left > durations.MAX_MS else max(at, p.due or 0) + round(left)
 
 
 # What each event changes --------------------------------------------------------------------------------------------

@@ -115,8 +115,8 @@ class ViewWriter:
                 self._store(records)
             except sqlite3.DatabaseError as error:
                 raise InfrastructureError(
-                    f"the view store {self._path} cannot be written ({error}): make room on the disk, or delete the file;"
-                    " it is filled again from the log"
+                    f"the view store {self._path} cannot be written ({error}): make room on the disk, or delete the"
+                    " file; it is filled again from the log"
                 ) from error
         if not self.reading.caught_up and all(self._lag(where) == 0 for where in self._ends):
             self.reading = replace(self.reading, caught_up=True, lag=dict.fromkeys(_TABLES, 0))

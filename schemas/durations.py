@@ -58,10 +58,9 @@ def to_text(ms: int) -> str:
     """A short text for people: 5h 3m, 12.3s, 40ms."""
     if ms < 1000:
         return f"{ms}ms"
-    seconds = ms / 1000
-    if seconds < 60:
-        return f"{seconds:.1f}s".replace(".0s", "s")
-    minutes, sec = divmod(round(seconds), 60)
+    if ms < 59_950:  # from here on it would be rounded to 60s
+        return f"{ms / 1000:.1f}s".replace(".0s", "s")
+    minutes, sec = divmod(round(ms / 1000), 60)
     hours, minute = divmod(minutes, 60)
     days, hour = divmod(hours, 24)
     parts = [(days, "d"), (hour, "h"), (minute, "m"), (sec, "s")]

@@ -19,9 +19,11 @@ from perdure.schemas.reports import (
     ReportProgress,
     ReportStep,
 )
-from perdure.session import Session
+from perdure.session import Lane, Session
 from perdure.streams.memory_log import MemoryLog
 from tests.unit.perdure.answering import KEYS, Answering
+
+LANE = Lane("w", "process", {"t": 7}, 8)
 
 
 class Bench:
@@ -35,7 +37,7 @@ class Bench:
         self.acked: list[tuple[str, int]] = []
 
     def new_session(self, partition: int) -> Session:
-        return Session(partition, f"s-{partition}", ["etl"], 4, 0, heard=self.now, beat_due=self.now)
+        return Session(LANE, partition, f"s-{partition}", ["etl"], 4, 0, heard=self.now, beat_due=self.now)
 
     def open(self, task_id: str = "etl/1", session: Session | None = None) -> Reporting:
         def acknowledged(number: int) -> None:
@@ -277,7 +279,7 @@ def test_a_coalescer_lets_one_through_per_interval() -> None:
 def test_many_threads_report_in_order_over_a_log_that_answers_within_the_append() -> None:
     log = MemoryLog(lambda: 1)
     reporter = Reporter(log.producer(), KEYS.newest_worker(), "w", lambda: 1_000)
-    session = Session(0, "s", ["etl"], 4, 0, heard=1_000, beat_due=0)
+    session = Session(LANE, 0, "s", ["etl"], 4, 0, heard=1_000, beat_due=0)
     acked: dict[str, list[int]] = {f"etl/{i}": [] for i in range(4)}
     attempts = [reporter.open(session, task, 1, b"", acked[task].append) for task in acked]
 

@@ -10,9 +10,11 @@ from perdure.schemas.commands import WorkerBeat, WorkerStarted, WorkerStopping
 from perdure.schemas.errors import InfrastructureError, PerdureError
 from perdure.schemas.inbox import EndSession, InboxRecord
 from perdure.schemas.public import ConfigRecord, Quarantined
-from perdure.session import Inbox, Session, Sessions, publish, read_config, routing_by_partition, share_out
+from perdure.session import Inbox, Lane, Session, Sessions, publish, read_config, routing_by_partition, share_out
 from perdure.streams.memory_log import MemoryLog
 from tests.unit.perdure.answering import KEYS, Answering
+
+LANE = Lane("w", "process", {"t": 7}, 8)
 
 
 @pytest.fixture
@@ -27,7 +29,7 @@ def heard() -> list[Session]:
 
 @pytest.fixture
 def sessions(producer: Answering, heard: list[Session]) -> Sessions:
-    return Sessions(producer, KEYS.newest_worker(), "w", {"t": 7}, heard.append)
+    return Sessions(producer, KEYS.newest_worker(), heard.append)
 
 
 @pytest.mark.parametrize(
@@ -75,7 +77,7 @@ def test_deleted_configuration_is_not_known() -> None:
 
 
 def test_a_session_is_announced_then_beats_until_it_stops(sessions: Sessions, producer: Answering) -> None:
-    session = sessions.begin(3, "s-1", ["etl"], 4, 17, now=1_000)
+    session = sessions.begin(LANE, 3, "s-1", ["etl"], 4, 17, now=1_000)
     session.grants_seen = 2
     sessions.beat(1_000, lambda s: 1)
     sessions.beat(2_999, lambda s: 1)
@@ -92,13 +94,12 @@ def test_a_session_is_announced_then_beats_until_it_stops(sessions: Sessions, pr
     assert isinstance(second, WorkerBeat)
     assert second.free == 0
     assert isinstance(stopping, WorkerStopping)
-    assert session.stopping
 
 
 def test_a_session_counts_as_heard_since_its_newest_acknowledged_beat_was_sent(
     sessions: Sessions, producer: Answering, heard: list[Session]
 ) -> None:
-    session = sessions.begin(0, "s-1", ["etl"], 1, 0, now=0)
+    session = sessions.begin(LANE, 0, "s-1", ["etl"], 1, 0, now=0)
     for now in (0, 2_000, 4_000):
         sessions.beat(now, lambda s: 1)
     assert not session.stale(8_000)
@@ -117,7 +118,7 @@ def test_a_session_counts_as_heard_since_its_newest_acknowledged_beat_was_sent(
 def test_a_beat_that_fails_is_not_heard_and_a_failed_announcement_is_repeated(
     sessions: Sessions, producer: Answering, heard: list[Session]
 ) -> None:
-    session = sessions.begin(0, "s-1", ["etl"], 1, 0, now=0)
+    session = sessions.begin(LANE, 0, "s-1", ["etl"], 1, 0, now=0)
     producer.answer(InfrastructureError("timed out"))
     sessions.beat(2_000, lambda s: 1)
     assert [type(m) for _, _, m in producer.sent] == [WorkerStarted, WorkerStarted, WorkerBeat]
@@ -130,8 +131,8 @@ def test_a_beat_that_fails_is_not_heard_and_a_failed_announcement_is_repeated(
 
 
 def test_a_renewed_session_replaces_the_old_one_in_its_partition_only(sessions: Sessions) -> None:
-    old = sessions.begin(0, "s-1", ["etl"], 2, 9, now=0)
-    other = sessions.begin(1, "s-1", ["mail"], 1, 4, now=0)
+    old = sessions.begin(LANE, 0, "s-1", ["etl"], 2, 9, now=0)
+    other = sessions.begin(LANE, 1, "s-1", ["mail"], 1, 4, now=0)
     new = sessions.renew(old, now=50)
     assert sessions.find(0, "s-1") is None
     assert sessions.find(0, new.id) is new
@@ -154,7 +155,7 @@ def test_the_inbox_delivers_what_is_ours_and_quarantines_what_nobody_can_read() 
 
     reader = log.reader()
     reader.assign({("worker-inbox", 2): 0})
-    inbox = Inbox(reader, log.producer(), "w", deliver, fail)
+    inbox = Inbox(reader, log.producer(), ["w"], deliver, fail)
     inbox.start()
     end = EndSession(worker_id="w", session="s-1", why="expired")
     producer = log.producer()
@@ -178,7 +179,7 @@ def test_an_inbox_that_cannot_be_read_says_so() -> None:
     reader.assign({("worker-inbox", 2): 0})
     log.producer().append("worker-inbox", 2, b"w", json.dumps({}).encode())
     log.truncate("worker-inbox", 2, 1)
-    inbox = Inbox(reader, log.producer(), "w", lambda p, m: None, failures.append)
+    inbox = Inbox(reader, log.producer(), ["w"], lambda p, m: None, failures.append)
     inbox.start()
     inbox.join(10)
     assert len(failures) == 1

@@ -1,0 +1,229 @@
+"""What the worker's main thread waits on, and its end of a child's channel and pipes.
+
+Nothing here blocks on a child: one that does not read its channel, or that prints without end, holds up nobody else.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import selectors
+import socket
+import threading
+from collections import deque
+from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+from typing import cast
+
+import psutil
+
+from perdure.channel import Frame, FromChild, Run, pack
+from perdure.forkserver import Child, Outputs
+from perdure.schemas.errors import InfrastructureError
+
+READ_BYTES = 64 * 1024
+DRAIN_READS = 64
+"""Reads that may be needed to empty a pipe whose writers are gone: more than any pipe holds."""
+
+Action = Callable[[], object]
+
+
+class Events:
+    """Descriptors to watch, and a mailbox for other threads. `post` is for any thread, the rest for one."""
+
+    def __init__(self) -> None:
+        self._selector = selectors.DefaultSelector()
+        self._actions: dict[int, Action] = {}
+        self._posted: deque[Action] = deque()
+        self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self.watch(self._wake, self._woken)
+
+    def watch(self, descriptor: int, action: Action) -> None:
+        """Call `action` whenever the descriptor can be read."""
+        self._actions[descriptor] = action
+        self._selector.register(descriptor, selectors.EVENT_READ)
+
+    def unwatch(self, descriptor: int) -> None:
+        """Forget the descriptor; nothing happens if it is not watched."""
+        if self._actions.pop(descriptor, None) is not None:
+            self._selector.unregister(descriptor)
+
+    def writable(self, descriptor: int, wanted: bool) -> None:
+        """Whether `action` is to be called also when the descriptor can be written."""
+        if descriptor in self._actions:
+            events = selectors.EVENT_READ | selectors.EVENT_WRITE if wanted else selectors.EVENT_READ
+            self._selector.modify(descriptor, events)
+
+    def post(self, action: Action) -> None:
+        """Have `action` called by the thread that waits. Safe in signal handlers."""
+        self._posted.append(action)
+        os.eventfd_write(self._wake, 1)
+
+    def wait(self, timeout_ms: int) -> None:
+        """Wait for something to happen, and let it happen."""
+        for key, _ in self._selector.select(max(0, timeout_ms) / 1000):
+            action = self._actions.get(key.fd)  # one that came before may have unwatched it
+            if action is not None:
+                action()
+
+    def close(self) -> None:
+        """Let go of everything; nothing may be posted any more."""
+        self._selector.close()
+        os.close(self._wake)
+
+    def _woken(self) -> None:
+        os.eventfd_read(self._wake)
+        while self._posted:
+            self._posted.popleft()()
+
+
+class Pipes:
+    """The read ends of an attempt's stdout and stderr."""
+
+    def __init__(self, events: Events, outputs: Outputs, write: Callable[[str, bytes], None]) -> None:
+        self._events, self._write = events, write
+        self._open = {"stdout": outputs.stdout, "stderr": outputs.stderr}
+        for stream, descriptor in self._open.items():
+            os.set_blocking(descriptor, False)
+            events.watch(descriptor, partial(self._read, stream))
+
+    def close(self) -> None:
+        """Take what is still in the pipes, whose writers are gone, and let go."""
+        for stream in list(self._open):
+            for _ in range(DRAIN_READS):
+                if not self._read(stream):
+                    break
+            self._close(stream)
+
+    def _read(self, stream: str) -> bool:
+        try:
+            data = os.read(self._open[stream], READ_BYTES)
+        except BlockingIOError:
+            return False
+        if data:
+            self._write(stream, data)
+        else:
+            self._close(stream)
+        return bool(data)
+
+    def _close(self, stream: str) -> None:
+        descriptor = self._open.pop(stream, None)
+        if descriptor is not None:
+            self._events.unwatch(descriptor)
+            os.close(descriptor)
+
+
+class Link:
+    """A child and the supervisor's end of its channel. `send` and `send_if` are for any thread."""
+
+    def __init__(
+        self,
+        child: Child,
+        events: Events,
+        said: Callable[[Link, FromChild], None],
+        broken: Callable[[Link, InfrastructureError], None],
+    ) -> None:
+        """`said` takes each frame of the child; `broken` is called when it sends what is no frame."""
+        self.child, self._events, self._said, self._broken = child, events, said, broken
+        self._descriptor = child.connection.fileno()
+        self._sending = socket.socket(fileno=os.dup(self._descriptor))
+        self._lock = threading.Lock()
+        self._backlog = bytearray()
+        self._blocked = self._gone = False
+        events.watch(self._descriptor, self._ready)
+
+    def send(self, frame: Frame) -> None:
+        """Send a frame, now or when the child reads again. To a child that is gone nothing is sent: its end follows."""
+        self.send_if(lambda: True, frame)
+
+    def send_if(self, still: Callable[[], bool], frame: Frame) -> None:
+        """`send`, if `still()` holds; no `start` comes in between."""
+        with self._lock:
+            if still():
+                self._backlog += pack(frame)
+                self._flush()
+
+    def start(self, run: Run) -> Outputs | None:
+        """Hand an attempt to the child, which has said that it is ready. Raises `OSError` when it is gone."""
+        with self._lock:
+            self._sending.sendall(self._backlog)
+            self._backlog.clear()
+            return self.child.start(run)
+
+    def drain(self) -> None:
+        """Take what a child that has ended said last, and let go of it."""
+        self._gone = True
+        os.set_blocking(self._descriptor, False)
+        while self._receive():
+            pass
+        self._events.unwatch(self._descriptor)
+        with self._lock:
+            self._sending.close()
+        self.child.close()
+
+    def _ready(self) -> None:
+        if self._blocked:
+            self._blocked = False
+            self._events.writable(self._descriptor, False)
+            with self._lock:
+                self._flush()
+        if not self._receive():
+            self._events.unwatch(self._descriptor)
+
+    def _receive(self) -> bool:
+        """Take the next frames; False at their end."""
+        try:
+            frames = self.child.connection.receive()
+            for frame in frames or ():
+                self._said(self, cast("FromChild", frame))
+        except (BlockingIOError, ConnectionResetError):
+            return False
+        except InfrastructureError as error:
+            self._broken(self, error)
+            return False
+        return frames is not None
+
+    def _flush(self) -> None:
+        try:
+            while self._backlog:
+                sent = self._sending.send(self._backlog, socket.MSG_DONTWAIT)
+                del self._backlog[:sent]
+        except BlockingIOError:
+            self._events.post(self._block)
+        except OSError:  # the child is gone
+            self._backlog.clear()
+
+    def _block(self) -> None:
+        if not self._gone:
+            self._blocked = True
+            self._events.writable(self._descriptor, True)
+
+
+# What a process uses -------------------------------------------------------------------------------------------------
+
+
+def io_of(pid: int) -> tuple[int, int]:
+    """Bytes that the process has read from storage and written to it; zeros if it is gone."""
+    try:
+        counters = psutil.Process(pid).io_counters()
+    except psutil.Error:
+        return 0, 0
+    return counters.read_bytes, counters.write_bytes
+
+
+def peak_rss_of(pid: int) -> int:
+    """The process's largest resident set since `reset_peak_rss`, bytes; 0 if it is gone."""
+    try:
+        status = Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return 0
+    found = re.search(r"^VmHWM:\s+(\d+) kB", status, re.MULTILINE)
+    return int(found[1]) * 1024 if found else 0
+
+
+def reset_peak_rss(pid: int) -> None:
+    """Measure the peak anew from now on (Linux, proc(5): clear_refs); where that is not allowed, it stays the child's."""
+    with suppress(OSError):
+        Path(f"/proc/{pid}/clear_refs").write_text("5")

@@ -1,0 +1,53 @@
+"""How an attempt ends other than by returning."""
+
+from __future__ import annotations
+
+import traceback
+from types import TracebackType
+
+from perdure.schemas import limits
+from perdure.schemas.errors import StepError
+
+
+class AttemptStop(BaseException):
+    """Ends an attempt that was asked to stop. No `Exception`, so that user code which catches those lets it pass."""
+
+    def __init__(self, why: str) -> None:
+        super().__init__(why)
+        self.why = why
+
+
+class StepOutcomeUnknown(StepError):
+    """An at-most-once step began in an earlier attempt and nobody knows how it ended; a person has to look."""
+
+    code = "outcome_unknown"
+
+
+def describe(error: BaseException, ours: tuple[str, ...]) -> tuple[list[str], str, str]:
+    """(dotted class names along the MRO, message, traceback) of what user code raised, within their limits.
+
+    The traceback begins behind the frames of the source files `ours`, and is cut from the front.
+    """
+    kinds = [f"{kind.__module__}.{kind.__qualname__}" for kind in type(error).__mro__]
+    root = "builtins.Exception" if isinstance(error, Exception) else "builtins.BaseException"
+    frames = "".join(traceback.format_exception(type(error), error, _users(error.__traceback__, ours)))
+    return kinds[: kinds.index(root) + 1], _text(error), _last(frames, limits.TRACEBACK_MAX)
+
+
+def _users(found: TracebackType | None, ours: tuple[str, ...]) -> TracebackType | None:
+    first = found
+    while first is not None and first.tb_frame.f_code.co_filename in ours:
+        first = first.tb_next
+    return first or found
+
+
+def _text(error: BaseException) -> str:
+    try:
+        text = str(error)
+    except Exception as broken:  # noqa: BLE001  a user's __str__ may raise anything
+        text = f"(its text cannot be made: {type(broken).__name__})"
+    return text.encode("utf-8", "replace")[: limits.MESSAGE_MAX].decode("utf-8", "ignore")
+
+
+def _last(text: str, size: int) -> str:
+    return text.encode("utf-8", "replace")[-size:].decode("utf-8", "ignore")

@@ -1,0 +1,130 @@
+"""An engine process: a slot of its host, the runner, and the thread that watches the configuration.
+
+Host id = a random UUID in the state directory; the first free slot, held by a file lock, names the process in the
+consumer group, so that a restarted process gets its partitions back without a rebalance.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import threading
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO
+
+from perdure.schemas import codec, topics
+from perdure.schemas.errors import ConfigurationError
+from perdure.schemas.public import ConfigRecord
+from perdure.schemas.signing import Keys
+from perdure.streams import topology
+from perdure.streams.config_view import ConfigView
+from perdure.streams.duties import Duties
+from perdure.streams.engine import Engine
+from perdure.streams.kafka_log import KafkaLog
+from perdure.streams.local_engine import engine_kind
+from perdure.streams.log import Log
+from perdure.streams.runner import Runner
+from perdure.streams.shard import Shard
+
+_SLOTS = 64
+
+
+def host_id(state_dir: Path) -> str:
+    """The host's id: made once, kept in the state directory."""
+    state_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+    path = state_dir / "host-id"
+    try:
+        with path.open("x") as file:
+            file.write(uuid.uuid4().hex)
+    except FileExistsError:
+        pass
+    found = path.read_text().strip()
+    if not found:
+        raise ConfigurationError(f"{path} is empty: remove it, and the host takes a new id")
+    return found
+
+
+def take_slot(state_dir: Path, role: str) -> tuple[int, IO[str]]:
+    """The first free slot of a role on this host, held until the file is closed. Raises `ConfigurationError`."""
+    state_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+    for slot in range(_SLOTS):
+        file = (state_dir / f"{role}-{slot}.lock").open("a")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.close()
+            continue
+        return slot, file
+    raise ConfigurationError(f"all {_SLOTS} {role} slots in {state_dir} are taken")
+
+
+def publish_schemas(log: Log) -> None:
+    """Put the schemas that this build writes into `config`, before anything is written with them."""
+    view = ConfigView(log)
+    view.refresh()
+    view.close()
+    producer = log.producer()
+    for fingerprint, schema in codec.published_schemas().items():
+        name = f"schema/{fingerprint}"
+        if name not in view.names:
+            record = ConfigRecord(name=name, content=json.dumps(schema, separators=(",", ":")).encode())
+            producer.append(topics.CONFIG.name, 0, name.encode(), codec.encode(record))
+    producer.flush(30.0)
+    producer.close()
+
+
+class EngineHost:
+    """One engine process."""
+
+    def __init__(
+        self, log: KafkaLog, keys: Keys, state_dir: Path, *, on_ready: Callable[[int], None] = lambda _: None
+    ) -> None:
+        topology.verify_topics(log)
+        publish_schemas(log)
+        slot, self._lock = take_slot(state_dir, "engine")
+        self._log, self._keys = log, keys
+        self._config = ConfigView(log)
+        self._config.refresh()
+        self._producer = log.producer()
+        self._stopped = threading.Event()
+        self._runner = Runner(
+            log,
+            engine_kind(log.partitions, keys),
+            state_dir / "partition",
+            instance=f"{host_id(state_dir)}-{slot}",
+            committed=False,
+            duties=self._duties,
+            on_ready=on_ready,
+        )
+
+    def _duties(self, shard: Shard) -> Duties:
+        assert isinstance(shard.processor, Engine)
+        return Duties(shard.processor, self._keys, self._producer, self._config)
+
+    def run(self) -> None:
+        """Block until `stop`. Raises what made the engine fail."""
+        watcher = threading.Thread(target=self._watch, name="config", daemon=True)
+        watcher.start()
+        try:
+            self._runner.run()
+        finally:
+            self._stopped.set()
+            watcher.join(5.0)
+            self._config.close()
+            self._producer.close()
+            self._lock.close()
+
+    def stop(self) -> None:
+        """Finish the transactions under way and end."""
+        self._runner.stop()
+
+    def _watch(self) -> None:
+        try:
+            while not self._stopped.is_set():
+                if self._config.refresh(0.2):
+                    self._runner.wake()
+        except BaseException as error:  # noqa: BLE001 - an engine that no longer hears of configuration must not go on
+            self._runner.fail(error)
+

@@ -1,0 +1,250 @@
+"""Runs a processor on the partitions that its consumer group gives to this process.
+
+One thread reads and hands records out; each partition has a lane: a thread that restores the partition's store and then
+executes batch after batch. While one transaction is under way, the next records gather: under load they share it, idle
+they do not wait. A lane's failure ends the runner, and `run` raises it.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from pathlib import Path
+from typing import Protocol
+
+from perdure.schemas import limits
+from perdure.schemas.errors import ConfigurationError
+from perdure.streams.crash_marks import CrashMarks
+from perdure.streams.log import BEGIN, Log, Member, Record, TopicPartition
+from perdure.streams.processor import Kind
+from perdure.streams.shard import Shard
+from perdure.streams.store import RocksStore
+
+_BUFFER_RECORDS = 5_000
+_BUFFER_BYTES = 32 * 1024 * 1024
+_READ_S = 0.2
+_LOCK_WAIT_S = 15.0
+
+
+def wall_clock() -> int:
+    """The host's wall clock, ms."""
+    return time.time_ns() // 1_000_000
+
+
+class ShardDuties(Protocol):
+    """What a host does for a partition outside of transactions; see `duties.Duties`."""
+
+    def after_commit(self, now: int) -> None:
+        """Do what the committed records ask for."""
+
+    def perform(self, now: int) -> None:
+        """Do what is due."""
+
+    def next_due(self, now: int) -> int:
+        """Host time, ms, of the next thing to do."""
+
+
+class Runner:
+    """A processor's share of the work in this process. `run` blocks until `stop`, or until something fails."""
+
+    def __init__(
+        self,
+        log: Log,
+        kind: Kind,
+        directory: Path,
+        *,
+        instance: str | None = None,
+        committed: bool = True,
+        duties: Callable[[Shard], ShardDuties] | None = None,
+        on_ready: Callable[[int], None] = lambda _: None,
+    ) -> None:
+        self.log, self.kind, self.directory = log, kind, directory
+        self.duties, self.on_ready = duties, on_ready
+        self._stopping = threading.Event()
+        self._failure: BaseException | None = None
+        self._lanes: dict[int, Lane] = {}
+        self._paused: set[int] = set()
+        self.member: Member = log.member(
+            kind.name, kind.inputs, instance=instance, committed=committed,
+            on_assigned=self._assigned, on_revoked=self._revoked,
+        )  # fmt: skip
+
+    def stop(self) -> None:
+        """Ask `run` to end: transactions under way are finished first."""
+        self._stopping.set()
+
+    def run(self) -> None:
+        """Read and hand out records until `stop`. Raises what a lane failed with."""
+        try:
+            while not self._stopping.is_set():
+                for record in self.member.read(limits.BATCH_RECORDS, _READ_S):
+                    lane = self._lanes.get(record.partition)
+                    if lane is not None:
+                        lane.hand_over(record)
+                self._balance()
+        finally:
+            self._close_lanes(list(self._lanes))
+            self.member.close()
+        if self._failure is not None:
+            raise self._failure
+
+    def fail(self, error: BaseException) -> None:
+        """A lane cannot go on."""
+        self._failure = self._failure or error
+        self._stopping.set()
+
+    def wake(self) -> None:
+        """Something outside of the log has changed that duties depend on."""
+        for lane in list(self._lanes.values()):
+            lane.wake()
+
+    def _assigned(self, partitions: list[TopicPartition]) -> None:
+        self.member.pause(partitions)
+        for number in sorted({p for _, p in partitions}):
+            if number not in self._lanes:
+                self._lanes[number] = Lane(self, number)
+
+    def _revoked(self, partitions: list[TopicPartition], lost: bool) -> None:
+        self._close_lanes(sorted({p for _, p in partitions}))
+
+    def _close_lanes(self, numbers: list[int]) -> None:
+        lanes = [self._lanes.pop(n) for n in numbers if n in self._lanes]
+        for lane in lanes:
+            lane.ask_to_stop()
+        for lane in lanes:
+            lane.join()
+
+    def _balance(self) -> None:
+        """Stop fetching for lanes that are behind, and fetch again for those that have caught up."""
+        for number, lane in self._lanes.items():
+            where = [(topic, number) for topic in self.kind.inputs]
+            if number not in self._paused and lane.ready and lane.is_full():
+                self._paused.add(number)
+                self.member.pause(where)
+            elif number in self._paused and lane.is_nearly_empty():
+                self._paused.discard(number)
+                self.member.resume(where)
+        self._paused &= self._lanes.keys()
+
+
+class Lane:
+    """One partition's thread."""
+
+    def __init__(self, runner: Runner, partition: int) -> None:
+        self._runner, self._partition = runner, partition
+        self._records: deque[Record] = deque()
+        self._bytes = 0
+        self._stop = False
+        self._woken = False
+        self.ready = False
+        self._changed = threading.Condition()
+        self._thread = threading.Thread(target=self._run, name=f"{runner.kind.name}-{partition}", daemon=True)
+        self._thread.start()
+
+    def hand_over(self, record: Record) -> None:
+        """Another record of the partition."""
+        with self._changed:
+            self._records.append(record)
+            self._bytes += len(record.value or b"")
+            self._changed.notify()
+
+    def wake(self) -> None:
+        """Look at the duties now."""
+        with self._changed:
+            self._woken = True
+            self._changed.notify()
+
+    def is_full(self) -> bool:
+        """Whether records come faster than they are executed."""
+        return len(self._records) >= _BUFFER_RECORDS or self._bytes >= _BUFFER_BYTES
+
+    def is_nearly_empty(self) -> bool:
+        """Whether more may come."""
+        return len(self._records) < _BUFFER_RECORDS // 2 and self._bytes < _BUFFER_BYTES // 2
+
+    def ask_to_stop(self) -> None:
+        """Finish the transaction under way and end."""
+        with self._changed:
+            self._stop = True
+            self._changed.notify()
+
+    def join(self) -> None:
+        """Wait for the thread's end."""
+        self._thread.join()
+
+    def _run(self) -> None:
+        try:
+            shard = self._open()
+            try:
+                if self._restore(shard):
+                    self._work(shard)
+            finally:
+                shard.close()
+        except BaseException as error:  # noqa: BLE001 - whatever ends a lane ends the runner, which raises it
+            self._runner.fail(error)
+
+    def _open(self) -> Shard:
+        runner = self._runner
+        topic_id = runner.log.topic_id(runner.kind.changelog)
+        path = runner.directory / runner.kind.name / topic_id / str(self._partition)
+        deadline = time.monotonic() + _LOCK_WAIT_S
+        while True:
+            try:
+                store = RocksStore(path)
+                break
+            except ConfigurationError:
+                # The partition's last owner on this host may still be closing the store.
+                if time.monotonic() > deadline or self._stop:
+                    raise
+                time.sleep(0.1)
+        return Shard(
+            runner.kind, self._partition, log=runner.log, store=store, member=runner.member,
+            transactional_id=f"{runner.kind.name}.{self._partition}", crash_marks=CrashMarks(path / "executing"),
+        )  # fmt: skip
+
+    def _restore(self, shard: Shard) -> bool:
+        """Bring the store up to date and begin to read; False if the partition was taken away meanwhile."""
+        while not self._stop:
+            if shard.restore_some():
+                break
+        if self._stop:
+            return False
+        where = [(topic, self._partition) for topic in self._runner.kind.inputs]
+        for topic, offset in shard.start_positions().items():
+            self._runner.member.seek(topic, self._partition, BEGIN if offset is None else offset)
+        self.ready = True
+        self._runner.member.resume(where)
+        self._runner.on_ready(self._partition)
+        return True
+
+    def _work(self, shard: Shard) -> None:
+        duties = self._runner.duties(shard) if self._runner.duties is not None else None
+        if duties is not None:
+            duties.perform(wall_clock())
+        while not self._stop:
+            batch = self._take(None if duties is None else duties.next_due(wall_clock()))
+            if batch:
+                if not shard.run_batch(batch, still_mine=lambda: not self._stop):
+                    return
+                if duties is not None:
+                    duties.after_commit(wall_clock())
+            elif duties is not None:
+                duties.perform(wall_clock())
+
+    def _take(self, due: int | None) -> list[Record]:
+        """The records at hand, or what comes until `due` (host ms)."""
+        with self._changed:
+            if not self._records and not self._stop and not self._woken:
+                wait = 1.0 if due is None else max(0.0, (due - wall_clock()) / 1000)
+                self._changed.wait(min(wait, 1.0))
+            self._woken = False
+            batch: list[Record] = []
+            size = 0
+            while self._records and len(batch) < limits.BATCH_RECORDS and size < limits.BATCH_BYTES:
+                record = self._records.popleft()
+                size += len(record.value or b"")
+                batch.append(record)
+            self._bytes -= size
+            return batch

@@ -1,0 +1,138 @@
+"""Creating a namespace's topics, pinning its partition count, and verifying both at start-up."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from confluent_kafka import KafkaError, KafkaException
+from confluent_kafka.admin import ConfigResource, NewTopic  # type: ignore[attr-defined]
+
+from perdure.schemas import codec, limits, topics
+from perdure.schemas.errors import ConfigurationError, Unreachable
+from perdure.schemas.public import ConfigRecord
+from perdure.streams.config_view import ConfigView
+
+if TYPE_CHECKING:
+    from perdure.streams.kafka_log import KafkaLog
+
+TOPOLOGY = "topology"
+_CALL_S = 15.0
+
+
+def create_topics(
+    bootstrap: str,
+    prefix: str = "perdure.",
+    *,
+    partitions: int = limits.DEFAULT_PARTITIONS,
+    replication: int = 1,
+    options: Mapping[str, Any] | None = None,
+) -> None:
+    """Create what is missing and pin the partition count; does nothing to what exists. Blocks for seconds.
+
+    Raises `Unreachable`, or `ConfigurationError` if the namespace is pinned to another partition count.
+    """
+    from perdure.streams.kafka_log import KafkaLog
+
+    log = KafkaLog(bootstrap, prefix, options=options, partitions=partitions)
+    admin = log.admin()
+    wanted = [
+        NewTopic(t.on(prefix), partitions if t.partitioned else 1, replication, config=t.settings) for t in topics.ALL
+    ]
+    for name, done in admin.create_topics(wanted, request_timeout=_CALL_S).items():
+        try:
+            done.result(_CALL_S)
+        except KafkaException as error:
+            if error.args[0].code() != KafkaError.TOPIC_ALREADY_EXISTS:
+                raise Unreachable(f"topic {name} cannot be created on {bootstrap}: {error.args[0].str()}") from error
+    _await_topics(log)
+    _pin(log, partitions)
+
+
+def _await_topics(log: KafkaLog) -> None:
+    """Wait until every broker knows the topics: creation is answered before metadata has spread."""
+    admin = log.admin()
+    deadline = time.monotonic() + _CALL_S
+    while time.monotonic() < deadline:
+        known = admin.list_topics(timeout=_CALL_S).topics
+        if all(t.on(log.prefix) in known and known[t.on(log.prefix)].partitions for t in topics.ALL):
+            return
+    raise Unreachable(f"the topics of {log.prefix} do not appear on {log.bootstrap} within {_CALL_S:.0f} s")
+
+
+def _pin(log: KafkaLog, partitions: int) -> None:
+    name = f"{TOPOLOGY}/partitions"
+    pinned = _pinned(log)
+    if pinned is None:
+        producer = log.producer()
+        content = json.dumps({"partitions": partitions, "feature_level": 1}).encode()
+        producer.append(topics.CONFIG.name, 0, name.encode(), codec.encode(ConfigRecord(name=name, content=content)))
+        if not producer.flush(_CALL_S):
+            raise Unreachable(f"the partition count could not be written to {log.bootstrap}")
+        producer.close()
+    elif pinned != partitions:
+        raise ConfigurationError(f"the namespace {log.prefix!r} is pinned to {pinned} partitions, not {partitions}")
+
+
+def pinned_partitions(log: KafkaLog) -> int:
+    """The namespace's partition count. Raises `ConfigurationError` if it has none, or the broker has another."""
+    known = log.admin().list_topics(timeout=_CALL_S).topics if _reachable(log) else {}
+    config = topics.CONFIG.on(log.prefix)
+    if config not in known:
+        raise ConfigurationError(f"{log.bootstrap} has no namespace {log.prefix!r}: create its topics first")
+    pinned = _pinned(log)
+    if pinned is None:
+        raise ConfigurationError(f"the namespace {log.prefix!r} on {log.bootstrap} has no pinned partition count")
+    for topic in topics.ALL:
+        found = len(known[topic.on(log.prefix)].partitions) if topic.on(log.prefix) in known else 0
+        wanted = pinned if topic.partitioned else 1
+        if found != wanted:
+            raise ConfigurationError(
+                f"topic {topic.on(log.prefix)} has {found} partitions, but the namespace is pinned to {wanted}: "
+                f"adding partitions would send routing keys elsewhere. Use a new namespace, or restore the topic"
+            )
+    return pinned
+
+
+def _reachable(log: KafkaLog) -> bool:
+    try:
+        log.admin().list_topics(timeout=_CALL_S)
+    except KafkaException as error:
+        raise Unreachable(f"no Kafka answers at {log.bootstrap}: {error.args[0].str()}") from error
+    return True
+
+
+def _pinned(log: KafkaLog) -> int | None:
+    view = ConfigView(log)
+    try:
+        view.refresh()
+        known = view.names.get(f"{TOPOLOGY}/partitions")
+        return None if known is None or known[1] is None else int(json.loads(known[1])["partitions"])
+    finally:
+        view.close()
+
+
+def verify_topics(log: KafkaLog) -> None:
+    """Compare each topic's settings with the table. Raises `ConfigurationError` naming everything that is off."""
+    admin = log.admin()
+    asked = {t.name: ConfigResource(ConfigResource.Type.TOPIC, t.on(log.prefix)) for t in topics.ALL}
+    found = admin.describe_configs(list(asked.values()), request_timeout=_CALL_S)
+    wrong = []
+    for topic in topics.ALL:
+        try:
+            settings = found[asked[topic.name]].result(_CALL_S)
+        except KafkaException as error:
+            raise Unreachable(f"no settings of {topic.on(log.prefix)}: {error.args[0].str()}") from error
+        wrong += [
+            f"{topic.on(log.prefix)}: {name} is {settings[name].value}, should be {value}"
+            for name, value in topic.settings.items()
+            if _STRICT.get(name, False) and settings[name].value != value
+        ]
+    if wrong:
+        raise ConfigurationError("topics are not set up as Perdure needs them: " + "; ".join(wrong))
+
+
+_STRICT = {"cleanup.policy": True, "message.timestamp.type": True, "max.message.bytes": True}
+"""Settings that guarantees depend on; retention is the operator's to lengthen."""
