@@ -18,7 +18,7 @@ from contextlib import AsyncExitStack, ExitStack
 from typing import Any
 
 from perdure import channel, context, exchange, failures, tracks
-from perdure.checkpoint import Content, interval_ms
+from perdure.checkpoint import NOTHING, Content, interval_ms
 from perdure.clock import Clock
 from perdure.connectors import checkpoints
 from perdure.connectors.checkpoints import CheckpointStore
@@ -35,7 +35,7 @@ from perdure.tracks import Sections
 
 HARD = ("timed_out", "cancelled")
 """Stops for good: they end the attempt wherever it calls us. The others wait for a boundary."""
-PRECEDENCE = ("", "drained", "paused", *HARD)
+PRECEDENCE = ("drained", "paused", *HARD)
 
 _OURS = (__file__, context.__file__, exchange.__file__, tracks.__file__)
 _JSON_ITSELF = (type(None), bool, int, float, str)
@@ -57,6 +57,7 @@ class Attempt:
         self._type, self._store, self._clock = task_type, store, clock
         self.exchange = Exchange(way, grant.task_id, grant.epoch)
         self.sections = Sections(is_async=task_type.is_async)
+        self._stops: set[str] = set()
         self._stop = ""
         self._fatal: PerdureError | None = None
         self._stack: ExitStack | AsyncExitStack = AsyncExitStack() if task_type.is_async else ExitStack()
@@ -69,7 +70,7 @@ class Attempt:
         self.milestones = list(grant.milestones)
         self._progress: dict[str, Any] = {}
         self._version = grant.checkpoint.version if grant.checkpoint else 0
-        self._kept = b""
+        self._kept = NOTHING
         self._elapsed_before = 0.0
         self._began = self._saved_at = self._last_save_ms = self._cpu_before = 0.0
 
@@ -77,19 +78,17 @@ class Attempt:
 
     def receive(self, frame: channel.ToChild) -> None:
         """Take in a frame; those of other attempts are passed over."""
-        if isinstance(frame, (channel.Run, channel.Exit)) or (frame.task_id, frame.epoch) != (
-            self.grant.task_id,
-            self.grant.epoch,
-        ):
+        if isinstance(frame, (channel.Run, channel.Exit)):
+            return
+        if (frame.task_id, frame.epoch) != (self.grant.task_id, self.grant.epoch):
             return
         if isinstance(frame, channel.Ack):
             self.exchange.acknowledge(frame.number)
         elif isinstance(frame, channel.Page):
             self._recorded.add(codec.decode_as(StepPage, frame.page))
-        elif frame.undo:
-            self._stop = "" if self._stop == frame.why else self._stop
         else:
-            self._stop = max(self._stop, frame.why, key=PRECEDENCE.index)
+            self._stops = self._stops - {frame.why} if frame.undo else self._stops | {frame.why}
+            self._stop = max(self._stops, key=PRECEDENCE.index, default="")
         self.exchange.received()
 
     def interrupt(self) -> AttemptStop | None:
@@ -416,6 +415,7 @@ class Attempt:
         self.positions = dict(content.positions)
         self.milestones += [name for name in content.milestones if name not in self.milestones]
         self._elapsed_before = content.elapsed_ms
+        self._kept = content.text()[1]
         self._compare_code(content.code_version, "the checkpoint was")
         self._tell(**content.progress)
 
@@ -431,7 +431,8 @@ class Attempt:
             if not math.isfinite(fraction):
                 raise InvalidRequest(f"the progress fraction is {fraction}; give 0 to 1", field="fraction")
             fraction = min(max(float(fraction), 0.0), 1.0)
-        given = {"fraction": fraction, "units_done": done, "units_total": total, "current_step": step}
+        given = {"fraction": fraction, "units_done": done and int(done), "units_total": total and int(total),
+                 "current_step": step and str(step)[: limits.TEXT_MAX]}  # fmt: skip
         self._tell(**{name: value for name, value in given.items() if value is not None})
 
     def report_units(self, done: int, total: int | None) -> None:

@@ -31,12 +31,11 @@ class Content:
     code_version: str
 
     def text(self) -> tuple[bytes, bytes]:
-        """(JSON text, digest of state and positions). Raises `NotSerializable` naming `ctx.state`."""
+        """(JSON text, digest of what a resume would lose without it). Raises `NotSerializable` naming `ctx.state`."""
         state = values.dumps(self.state, field="ctx.state", limit=STATE_MAX)
-        positions = values.dumps(self.positions, field="positions")
         rest = values.dumps({k: v for k, v in vars(self).items() if k != "state"}, field="checkpoint", limit=STATE_MAX)
         # The state may be large, so it is put in as the text it already is.
-        return b'{"state":' + state + b"," + rest[1:], hashlib.sha256(state + positions).digest()
+        return b'{"state":' + state + b"," + rest[1:], _digest(state, self.positions)
 
     @classmethod
     def of(cls, text: bytes) -> Content:
@@ -45,6 +44,15 @@ class Content:
             return cls(**values.loads(text))
         except TypeError as error:
             raise InfrastructureError(f"a checkpoint of a make this build cannot read: {error}") from error
+
+
+def _digest(state: bytes, positions: dict[str, int]) -> bytes:
+    moved = {path: done for path, done in positions.items() if done}
+    return hashlib.sha256(state + values.dumps(moved, field="positions")).digest()
+
+
+NOTHING = _digest(b"{}", {})
+"""Digest of a task that has nothing to lose."""
 
 
 def interval_ms(fixed_ms: int | None, elapsed_ms: float, last_save_ms: float) -> float:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import re
 import selectors
+import signal
 import socket
 import threading
 from collections import deque
@@ -77,6 +78,31 @@ class Events:
         os.eventfd_read(self._wake)
         while self._posted:
             self._posted.popleft()()
+
+
+class KillLadder:
+    """Which signal is due when, for an attempt that does not stop by itself. Times in ms."""
+
+    def __init__(self, *steps: tuple[int, int]) -> None:
+        self._steps = deque(steps)
+
+    @property
+    def due(self) -> int | None:
+        """When the next signal is due; None: all have been sent."""
+        return self._steps[0][0] if self._steps else None
+
+    def signal(self, now: int) -> int | None:
+        """The signal to send now, the strongest of those that are due."""
+        found = None
+        while self._steps and self._steps[0][0] <= now:
+            _, found = self._steps.popleft()
+        return found
+
+
+def kill_ladder(executor: str, now: int, grace_ms: int) -> KillLadder:
+    """SIGTERM after one grace, SIGKILL after two; a child that others share gets only the latter."""
+    kill = (now + 2 * grace_ms, int(signal.SIGKILL))
+    return KillLadder(kill) if executor == "async" else KillLadder((now + grace_ms, int(signal.SIGTERM)), kill)
 
 
 class Pipes:
@@ -154,10 +180,14 @@ class Link:
 
     def drain(self) -> None:
         """Take what a child that has ended said last, and let go of it."""
-        self._gone = True
         os.set_blocking(self._descriptor, False)
         while self._receive():
             pass
+        self.close()
+
+    def close(self) -> None:
+        """Let go of the child; one that still runs ends itself."""
+        self._gone = True
         self._events.unwatch(self._descriptor)
         with self._lock:
             self._sending.close()
@@ -196,7 +226,7 @@ class Link:
             self._backlog.clear()
 
     def _block(self) -> None:
-        if not self._gone:
+        if not self._gone:  # the descriptor may be another's by now
             self._blocked = True
             self._events.writable(self._descriptor, True)
 
@@ -224,6 +254,6 @@ def peak_rss_of(pid: int) -> int:
 
 
 def reset_peak_rss(pid: int) -> None:
-    """Measure the peak anew from now on (Linux, proc(5): clear_refs); where that is not allowed, it stays the child's."""
+    """Measure the peak from now on (proc(5): clear_refs); where that is not allowed, it stays that of the child."""
     with suppress(OSError):
         Path(f"/proc/{pid}/clear_refs").write_text("5")

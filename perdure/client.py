@@ -119,7 +119,7 @@ class Client:
             raise Unreachable(f"the engine did not answer within {timeout_s:g} s; is one running on this namespace?")
         return reply
 
-    def decide(self, command: Control) -> bool:
+    def decide(self, command: SubmitTask | Control) -> bool:
         """Send a command and wait for its verdict: True when it holds, False when it is in the log but undecided.
 
         Blocks up to 5 s after the append. Raises `CommandRefused`, `NotFound` or `Unreachable` (the append failed).
@@ -132,6 +132,21 @@ class Client:
             return False
         raise_refusal(reply, command.task_id)
         return True
+
+    def carry_out(self, content: dict[str, Any]) -> dict[str, Any]:
+        """Carry out a JSON command other than a query, for the HTTP API, and wait up to 5 s for its verdict.
+
+        Its `command_id`, `issued_by` and `reply_to` are this client's own where the caller gave none. Raises what
+        `submit` and the verbs of a handle raise, and `DecodeError` for what is no command.
+        """
+        command = json_commands.parse(json.dumps(self.head() | content | {"reply_to": self.id}).encode())
+        if isinstance(command, SubmitTask):
+            command = self._placed(command)
+        elif not isinstance(command, Control):
+            raise InvalidRequest(f"{type(command).__name__} is not to be had here", field="command")
+        decided = self.decide(command)
+        answer = {"accepted": True, "decided": decided, "reason": "", "field": None}
+        return answer | {"command_id": command.command_id, "task_id": command.task_id}
 
     # Where things go --------------------------------------------------------------------------------------------------
 

@@ -20,10 +20,14 @@ from typing import Any, Generic, TypeVar, assert_never
 
 from perdure import channel
 from perdure.schemas import codec, limits, signing, topics
-from perdure.schemas.common import ErrorInfo
+from perdure.schemas.common import ErrorInfo, Usage
 from perdure.schemas.errors import InfrastructureError
 from perdure.schemas.reports import (
+    AttemptCompleted,
+    AttemptCrashed,
+    AttemptFailed,
     AttemptStarted,
+    AttemptStopped,
     Report,
     ReportBatch,
     ReportCheckpoint,
@@ -48,6 +52,8 @@ _FIXED = 64
 T = TypeVar("T")
 Said = channel.Started | channel.Step | channel.Milestone | channel.Checkpoint | channel.WantSteps
 """What a child says in the course of an attempt, and waits to see acknowledged."""
+LastFrame = channel.Completed | channel.Failed | channel.Stopped
+EndReport = AttemptCompleted | AttemptFailed | AttemptStopped | AttemptCrashed
 
 
 class Coalescer(Generic[T]):
@@ -319,6 +325,22 @@ def report_of(frame: Said, pid: int) -> Report:
             )  # fmt: skip
         case channel.WantSteps():
             return SendSteps(seq=0, after=frame.after)
+        case _:
+            assert_never(frame)
+
+
+def end_report_of(frame: LastFrame, stop: str, usage: Usage) -> EndReport:
+    """The report that a child's last frame becomes; `stop` says why the supervisor had asked it to stop."""
+    match frame:
+        case channel.Completed():
+            return AttemptCompleted(seq=0, result=frame.result, usage=usage)
+        case channel.Failed():
+            return AttemptFailed(
+                seq=0, error_types=frame.error_types, message=frame.message, traceback=frame.traceback, usage=usage,
+                final=frame.final,
+            )  # fmt: skip
+        case channel.Stopped():
+            return AttemptStopped(seq=0, why=stop or frame.why, usage=usage)
         case _:
             assert_never(frame)
 

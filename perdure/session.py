@@ -17,7 +17,7 @@ from typing import Any
 
 from perdure.schemas import codec, ids, limits, signing, topics
 from perdure.schemas.commands import SessionRecord, WorkerBeat, WorkerStarted, WorkerStopping
-from perdure.schemas.errors import DecodeError, InfrastructureError, PerdureError, Unreachable
+from perdure.schemas.errors import DecodeError, InfrastructureError, Unreachable
 from perdure.schemas.inbox import InboxRecord
 from perdure.schemas.public import ConfigRecord, Quarantined
 from perdure.streams.log import BEGIN, Log, OnAck, Producer, Reader, Record
@@ -275,7 +275,7 @@ class Inbox(threading.Thread):
         producer: Producer,
         worker_ids: Iterable[str],
         deliver: Callable[[int, InboxRecord], None],
-        fail: Callable[[PerdureError], None],
+        fail: Callable[[Exception], None],
     ) -> None:
         super().__init__(name="perdure-inbox", daemon=True)
         self._reader, self._producer = reader, producer
@@ -289,7 +289,7 @@ class Inbox(threading.Thread):
                 for record in self._reader.read(INBOX_RECORDS, 0.25):
                     if record.key in self._keys and record.value is not None:
                         self._take(record, record.value)
-        except PerdureError as error:
+        except Exception as error:  # noqa: BLE001 - raised again by the main thread
             self._fail(error)
         finally:
             self._reader.close()

@@ -14,22 +14,19 @@ import signal
 from collections import deque
 from collections.abc import Callable
 from functools import partial
-from typing import assert_never
 
 from perdure import channel
-from perdure.children import Events, Link, Pipes, io_of, peak_rss_of, reset_peak_rss
+from perdure.children import Events, KillLadder, Link, Pipes, io_of, kill_ladder, peak_rss_of, reset_peak_rss
 from perdure.forkserver import ChildExit, ForkServer
-from perdure.reporter import Reporter, Said, report_of
+from perdure.reporter import EndReport, LastFrame, Reporter, Said, end_report_of, report_of
 from perdure.schemas import codec
 from perdure.schemas.common import Usage
 from perdure.schemas.errors import InfrastructureError
 from perdure.schemas.inbox import CancelAttempt, PauseAttempt, RunAttempt, StepPage
 from perdure.schemas.public import LogLine
 from perdure.schemas.reports import (
-    AttemptCompleted,
     AttemptCrashed,
     AttemptDeclined,
-    AttemptFailed,
     AttemptStopped,
     ReportProgress,
 )
@@ -47,27 +44,6 @@ SPAWN_AGAIN_MS = 1_000
 LOG = logging.getLogger("perdure.worker")
 
 Key = tuple[str, int]
-LastFrame = channel.Completed | channel.Failed | channel.Stopped
-EndReport = AttemptCompleted | AttemptFailed | AttemptStopped | AttemptCrashed
-
-
-class KillLadder:
-    """Which signal is due when, for an attempt that does not stop by itself. Times in ms."""
-
-    def __init__(self, *steps: tuple[int, int]) -> None:
-        self._steps = deque(steps)
-
-    @property
-    def due(self) -> int | None:
-        """When the next signal is due; None: all have been sent."""
-        return self._steps[0][0] if self._steps else None
-
-    def signal(self, now: int) -> int | None:
-        """The signal to send now, the strongest of those that are due."""
-        found = None
-        while self._steps and self._steps[0][0] <= now:
-            _, found = self._steps.popleft()
-        return found
 
 
 class Attempt:
@@ -148,7 +124,8 @@ class Slots:
         self._timed: set[Attempt] = set()
         """Attempts that `tick` has to look at."""
         self._starts = 0
-        self._spawn_at = 0
+        self._spawn_at: int | None = None
+        """Until when no child is started, after one could not be."""
         self.stopping = False
 
     # What the worker asks --------------------------------------------------------------------------------------------
@@ -216,7 +193,7 @@ class Slots:
         if attempt is None:
             return
         if attempt.ladder is None:
-            self._time(attempt, _ladder(attempt.executor, self._clock(), order.grace_ms))
+            self._time(attempt, kill_ladder(attempt.executor, self._clock(), order.grace_ms))
         self._stop(attempt, "timed_out" if order.reason.startswith("timed_out") else "cancelled", order.reason)
 
     def revoke(self, task_id: str, epoch: int) -> None:
@@ -230,7 +207,7 @@ class Slots:
         if attempt.child is None:
             self._end(attempt)
         elif attempt.executor == "async":
-            self._time(attempt, _ladder("async", self._clock(), attempt.grant.policy.cancel_grace))
+            self._time(attempt, kill_ladder("async", self._clock(), attempt.grant.policy.cancel_grace))
             attempt.child.link.send(channel.Stop(*attempt.key, "cancelled", "the grant is over"))
         else:
             self._signal(attempt, attempt.child, signal.SIGKILL)
@@ -266,21 +243,30 @@ class Slots:
             signum = attempt.ladder.signal(now) if attempt.ladder else None
             if signum is not None and attempt.child is not None:
                 self._signal(attempt, attempt.child, signum)
-        if self._spawn_at <= now:
+        if self._spawn_at is not None and self._spawn_at <= now:
+            self._spawn_at = None
             self._fill()
 
     def next_due(self) -> int | None:
         """When `tick` has something to do; None: nothing is known."""
         due = [a.ladder.due if a.ladder else a.session.stale_at for a in self._timed]
-        if self._waiting["process"] or self._waiting["async"]:
-            due.append(self._spawn_at)
+        due.append(self._spawn_at)
         return min((at for at in due if at is not None), default=None)
+
+    def close(self) -> None:
+        """Let go of all children; those that still run end themselves."""
+        self._events.unwatch(self._server.fileno())
+        for child in self._children.values():
+            child.link.close()
+            for attempt in child.attempts.values():
+                if attempt.pipes is not None:
+                    attempt.pipes.close()
 
     # Children --------------------------------------------------------------------------------------------------------
 
     def _fill(self) -> None:
         """Have as many children as are needed soon, and give them what waits."""
-        if self._spawn_at <= self._clock() and not self.stopping:
+        if self._spawn_at is None and not self.stopping:
             processes = [c for c in self._children.values() if c.executor == "process"]
             busy = sum(bool(c.attempts) for c in processes)
             wanted = min(self._capacity["process"], busy + len(self._waiting["process"]) + SPARE)
@@ -365,7 +351,7 @@ class Slots:
                 usage, peak_rss=peak_rss_of(child.pid), read_bytes=max(0, read - attempt.io_before[0]),
                 written_bytes=max(0, written - attempt.io_before[1]),
             )  # fmt: skip
-        attempt.report = _last_report(frame, attempt.stop, usage)
+        attempt.report = end_report_of(frame, attempt.stop, usage)
         if attempt.pipes is None:
             self._end(attempt)
         else:
@@ -468,24 +454,3 @@ class Slots:
         self._taken[attempt.executor] -= 1
         attempt.session.running -= 1
         self._freed(attempt.executor)
-
-
-def _ladder(executor: str, now: int, grace_ms: int) -> KillLadder:
-    """SIGTERM after one grace, SIGKILL after two; a child that others share gets only the latter."""
-    kill = (now + 2 * grace_ms, int(signal.SIGKILL))
-    return KillLadder(kill) if executor == "async" else KillLadder((now + grace_ms, int(signal.SIGTERM)), kill)
-
-
-def _last_report(frame: LastFrame, stop: str, usage: Usage) -> EndReport:
-    match frame:
-        case channel.Completed():
-            return AttemptCompleted(seq=0, result=frame.result, usage=usage)
-        case channel.Failed():
-            return AttemptFailed(
-                seq=0, error_types=frame.error_types, message=frame.message, traceback=frame.traceback, usage=usage,
-                final=frame.final,
-            )  # fmt: skip
-        case channel.Stopped():
-            return AttemptStopped(seq=0, why=stop or frame.why, usage=usage)
-        case _:
-            assert_never(frame)

@@ -30,7 +30,7 @@ from perdure.forkserver import ForkServer, Loaded
 from perdure.host import HostSlot, host_id, worker_name
 from perdure.reporter import Reporter
 from perdure.schemas import codec, topics
-from perdure.schemas.errors import ConfigurationError, PerdureError
+from perdure.schemas.errors import ConfigurationError
 from perdure.schemas.inbox import (
     CancelAttempt,
     EndSession,
@@ -104,7 +104,7 @@ class Worker:
         self._stops = 0
         self._drained_by: int | None = None
         self._code: int | None = None
-        self._failure: PerdureError | None = None
+        self._failure: Exception | None = None
         self._metrics_due = 0
 
     def request_stop(self) -> None:
@@ -123,7 +123,8 @@ class Worker:
             with _signals(self.request_stop):
                 while self._code is None:
                     self._turn()
-            self._reporter.flush(FLUSH_S)
+            if self._code == 0:
+                self._reporter.flush(FLUSH_S)
             return self._code
 
     # Start -----------------------------------------------------------------------------------------------------------
@@ -155,6 +156,7 @@ class Worker:
         )  # fmt: skip
         queues = self._queues or [content["queue"] for content in loaded.types.values()]
         self._routing = routing_by_partition(queues, config, self._log.partitions)
+        stack.callback(self._slots.close)
         self._slots.open()
         self._join(stack, producer)
 
@@ -218,9 +220,7 @@ class Worker:
         """No beat has been acknowledged for so long that others must be taken to have the tasks by now."""
         for session in self._sessions:
             if session.orphaned(now):
-                LOG.error(
-                    "nothing was heard of partition %s for 10 minutes: its tasks are stopped here", session.partition
-                )
+                LOG.error("no beat reached partition %s for 10 minutes: its tasks are stopped here", session.partition)
                 self._over(session)
 
     def _stop(self) -> None:
@@ -251,7 +251,7 @@ class Worker:
     def _deliver(self, partition: int, message: InboxRecord) -> None:
         self._events.post(partial(self._take, partition, message))
 
-    def _fail(self, error: PerdureError) -> None:
+    def _fail(self, error: Exception) -> None:
         """A thread cannot go on, so the worker cannot. For any thread."""
         self._failure = error
         self._events.post(lambda: None)

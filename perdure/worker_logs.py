@@ -18,7 +18,6 @@ from pathlib import Path
 import psutil
 
 from perdure.schemas import codec, ids, limits, topics
-from perdure.schemas.errors import PerdureError
 from perdure.schemas.inbox import RunAttempt
 from perdure.schemas.public import LogLine, WorkerMetrics
 from perdure.streams.log import Producer
@@ -171,7 +170,7 @@ class Machine:
 class LogWriter(threading.Thread):
     """Appends log lines and metrics, in order, on a thread of its own."""
 
-    def __init__(self, producer: Producer, machine: Machine, fail: Callable[[PerdureError], None]) -> None:
+    def __init__(self, producer: Producer, machine: Machine, fail: Callable[[Exception], None]) -> None:
         super().__init__(name="perdure-logs", daemon=True)
         self._producer, self._machine, self._fail = producer, machine, fail
         self._waiting: deque[tuple[int, Callable[[], None]]] = deque()
@@ -191,7 +190,7 @@ class LogWriter(threading.Thread):
         try:
             while (append := self._next()) is not None:
                 append()
-        except PerdureError as error:
+        except Exception as error:  # noqa: BLE001 - raised again by the main thread
             self._fail(error)
 
     def close(self, timeout_s: float) -> None:

@@ -56,7 +56,8 @@ class Kind:
 
     name: str
     inputs: tuple[str, ...]
-    changelog: str
+    changelog: str | None
+    """Topic that holds the state; None: the input itself does, and a lost store reads it again from its beginning."""
     open: Callable[[Store, int], Processor]
     """(store, partition) -> instance."""
     plain_changelog: bool = False

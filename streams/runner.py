@@ -187,7 +187,7 @@ class Lane:
 
     def _open(self) -> Shard:
         runner = self._runner
-        topic_id = runner.log.topic_id(runner.kind.changelog)
+        topic_id = runner.log.topic_id(runner.kind.changelog or runner.kind.inputs[0])
         path = runner.directory / runner.kind.name / topic_id / str(self._partition)
         deadline = time.monotonic() + _LOCK_WAIT_S
         while True:

@@ -51,6 +51,8 @@ class Shard:
     # Recovery --------------------------------------------------------------------------------------------------------
 
     def _begin_restore(self) -> None:
+        if self.kind.changelog is None:
+            return
         stored = self._store.get(CHANGELOG_POSITION)
         begin = int.from_bytes(stored, "big") if stored else 0
         reader = self._log.reader(committed=True)
@@ -68,7 +70,7 @@ class Shard:
     def restore_some(self) -> bool:
         """Read the next slice of the changelog into the store; True once the store is up to date."""
         reader = self._reader
-        if reader is None:
+        if reader is None or self.kind.changelog is None:
             return True
         if not reader.caught_up(self.kind.changelog, self.partition, self._target):
             records = reader.read(RESTORE_BATCH, 0.2)
@@ -94,8 +96,6 @@ class Shard:
         for topic in self.kind.inputs:
             committed = group[topic, self.partition]
             stated = committed if self.kind.plain_changelog else known.get(topic)
-            if self.kind.plain_changelog and committed is None:
-                stated = None
             first, _ = reader.bounds(topic, self.partition)
             if stated is not None and stated < first:
                 reader.close()
@@ -138,8 +138,9 @@ class Shard:
         try:
             for o in out:
                 producer.append(o.topic, self.partition, o.key, o.value)
-            for key, value in changelog_rows(writes).items():
-                producer.append(self.kind.changelog, self.partition, key, value, self._noted)
+            if self.kind.changelog is not None:
+                for key, value in changelog_rows(writes).items():
+                    producer.append(self.kind.changelog, self.partition, key, value, self._noted)
             # 3
             positions = self.processor.positions()
             producer.commit(self._member, {(t, self.partition): positions[t] for t in {r.topic for r in records}})

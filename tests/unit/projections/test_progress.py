@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from perdure.projections.inputs import Fact
@@ -248,6 +248,7 @@ def test_an_id_is_free_again_when_its_task_is_retired() -> None:
 
 
 @pytest.mark.parametrize("kind", sorted(events.TaskEvent.__subclasses__(), key=lambda c: c.__name__))
+@settings(max_examples=20)
 @given(data=st.data())
 def test_every_kind_of_event_has_a_place(kind: type[events.TaskEvent], data: st.DataObject) -> None:
     fold(folded(Story().running().events), data.draw(records(kind)))
