@@ -33,8 +33,10 @@ from perdure.steps import OpenStep, RecordedSteps, differences, hash_arguments, 
 from perdure.tasks import TaskType
 from perdure.tracks import Sections
 
-HARD = ("timed_out", "cancelled")
+HARD = ("timed_out", "cancelled", "revoked")
 """Stops for good: they end the attempt wherever it calls us. The others wait for a boundary."""
+UNSAVED = ("cancelled", "revoked")
+"""Stops after which no checkpoint is of use."""
 PRECEDENCE = ("drained", "paused", *HARD)
 
 _OURS = (__file__, context.__file__, exchange.__file__, tracks.__file__)
@@ -57,6 +59,7 @@ class Attempt:
         self._type, self._store, self._clock = task_type, store, clock
         self.exchange = Exchange(way, grant.task_id, grant.epoch)
         self.sections = Sections(is_async=task_type.is_async)
+        self._running = True
         self._stops: set[str] = set()
         self._stop = ""
         self._fatal: PerdureError | None = None
@@ -92,10 +95,10 @@ class Attempt:
         self.exchange.received()
 
     def interrupt(self) -> AttemptStop | None:
-        """What a signal handler is to raise in the task's own thread; None: nobody asked to stop this attempt."""
+        """What a signal handler is to raise in the task's own thread; None: no user code of a stopped attempt runs."""
         if not self.exchange.reading:
             self.exchange.poll()
-        return AttemptStop(self._stop) if self._stop in HARD else None
+        return AttemptStop(self._stop) if self._running and self._stop in HARD else None
 
     # The run ----------------------------------------------------------------------------------------------------------
 
@@ -107,10 +110,13 @@ class Attempt:
         assert isinstance(self._stack, ExitStack)
         self.sections.begin()
         try:
-            with self._stack:
-                self.exchange.drive(self._begin())
-                args, kwargs = self._arguments()
-                result = self._type.function(Context(self), *args, **kwargs)
+            try:
+                with self._stack:
+                    self.exchange.drive(self._begin())
+                    args, kwargs = self._arguments()
+                    result = self._type.function(Context(self), *args, **kwargs)
+            finally:
+                self._running = False
         except BaseException as error:  # noqa: BLE001  whatever ends user code ends only the attempt
             return self._ended(error)
         return self._returned(result)
@@ -346,7 +352,7 @@ class Attempt:
         if explicit:
             self._may_save()
         self.exchange.poll()
-        if self._fatal is not None or self._stop == "cancelled":
+        if self._fatal is not None or self._stop in UNSAVED:
             self._check()
         if self._stop:
             yield from self._save()

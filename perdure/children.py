@@ -14,6 +14,7 @@ import threading
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import cast
@@ -31,31 +32,38 @@ DRAIN_READS = 64
 Action = Callable[[], object]
 
 
+@dataclass(frozen=True, eq=False)
+class _Watched:
+    readable: Action
+    writable: Action
+
+
 class Events:
     """Descriptors to watch, and a mailbox for other threads. `post` is for any thread, the rest for one."""
 
     def __init__(self) -> None:
         self._selector = selectors.DefaultSelector()
-        self._actions: dict[int, Action] = {}
+        self._watched: dict[int, _Watched] = {}
         self._posted: deque[Action] = deque()
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self.watch(self._wake, self._woken)
 
-    def watch(self, descriptor: int, action: Action) -> None:
-        """Call `action` whenever the descriptor can be read."""
-        self._actions[descriptor] = action
-        self._selector.register(descriptor, selectors.EVENT_READ)
+    def watch(self, descriptor: int, readable: Action, writable: Action = lambda: None) -> None:
+        """Call `readable` whenever the descriptor can be read, and `writable`, when that is wanted, for writing."""
+        watched = self._watched[descriptor] = _Watched(readable, writable)
+        self._selector.register(descriptor, selectors.EVENT_READ, watched)
 
     def unwatch(self, descriptor: int) -> None:
         """Forget the descriptor; nothing happens if it is not watched."""
-        if self._actions.pop(descriptor, None) is not None:
+        if self._watched.pop(descriptor, None) is not None:
             self._selector.unregister(descriptor)
 
-    def writable(self, descriptor: int, wanted: bool) -> None:
-        """Whether `action` is to be called also when the descriptor can be written."""
-        if descriptor in self._actions:
+    def want_writable(self, descriptor: int, wanted: bool) -> None:
+        """Whether `writable` is to be called for the descriptor, if it is still watched."""
+        watched = self._watched.get(descriptor)
+        if watched is not None:
             events = selectors.EVENT_READ | selectors.EVENT_WRITE if wanted else selectors.EVENT_READ
-            self._selector.modify(descriptor, events)
+            self._selector.modify(descriptor, events, watched)
 
     def post(self, action: Action) -> None:
         """Have `action` called by the thread that waits. Safe in signal handlers."""
@@ -64,10 +72,12 @@ class Events:
 
     def wait(self, timeout_ms: int) -> None:
         """Wait for something to happen, and let it happen."""
-        for key, _ in self._selector.select(max(0, timeout_ms) / 1000):
-            action = self._actions.get(key.fd)  # one that came before may have unwatched it
-            if action is not None:
-                action()
+        for key, events in self._selector.select(max(0, timeout_ms) / 1000):
+            watched: _Watched = key.data
+            for event, action in ((selectors.EVENT_WRITE, watched.writable), (selectors.EVENT_READ, watched.readable)):
+                # An action before may have let go of the descriptor, and its number may be another's by now.
+                if events & event and self._watched.get(key.fd) is watched:
+                    action()
 
     def close(self) -> None:
         """Let go of everything; nothing may be posted any more."""
@@ -157,8 +167,8 @@ class Link:
         self._sending = socket.socket(fileno=os.dup(self._descriptor))
         self._lock = threading.Lock()
         self._backlog = bytearray()
-        self._blocked = self._gone = False
-        events.watch(self._descriptor, self._ready)
+        self._gone = False
+        events.watch(self._descriptor, self._readable, self._writable)
 
     def send(self, frame: Frame) -> None:
         """Send a frame, now or when the child reads again. To a child that is gone nothing is sent: its end follows."""
@@ -193,14 +203,14 @@ class Link:
             self._sending.close()
         self.child.close()
 
-    def _ready(self) -> None:
-        if self._blocked:
-            self._blocked = False
-            self._events.writable(self._descriptor, False)
-            with self._lock:
-                self._flush()
+    def _readable(self) -> None:
         if not self._receive():
             self._events.unwatch(self._descriptor)
+
+    def _writable(self) -> None:
+        self._events.want_writable(self._descriptor, False)
+        with self._lock:
+            self._flush()
 
     def _receive(self) -> bool:
         """Take the next frames; False at their end."""
@@ -226,9 +236,8 @@ class Link:
             self._backlog.clear()
 
     def _block(self) -> None:
-        if not self._gone:  # the descriptor may be another's by now
-            self._blocked = True
-            self._events.writable(self._descriptor, True)
+        if not self._gone:
+            self._events.want_writable(self._descriptor, True)
 
 
 # What a process uses -------------------------------------------------------------------------------------------------

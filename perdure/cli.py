@@ -13,6 +13,7 @@ from perdure.cli_common import report
 
 _COMMANDS = {
     "dev": "cli_dev",
+    "demo": "cli_demo",
     "engine": "cli_run",
     "worker": "cli_run",
     "server": "cli_run",

@@ -16,6 +16,7 @@ from perdure.schemas import errors
 
 if TYPE_CHECKING:
     from perdure.client import Client
+    from perdure.handle import Handle
     from perdure.settings import Settings
 
 REFUSED, USAGE, NOT_FOUND, UNREACHABLE = 1, 2, 3, 4
@@ -42,6 +43,18 @@ class Session:
         from perdure.client import Client
 
         return Client(settings=self.settings())
+
+    def handle(self, client: Client, text: str, *, past: bool = False) -> Handle:
+        """The task that a person means by an id, a local id or a unique beginning of either.
+
+        past: a whole id will do for a task that the engine has forgotten: the log may still tell of it.
+        """
+        try:
+            return client.get(client.resolve(text))
+        except errors.NotFound:
+            if past and client.catalog.is_whole(text):
+                return client.get(text)
+            raise
 
     def answer(self, data: Any, text: str | None = None) -> None:
         """Data on stdout: as one JSON line, or as text for people."""
@@ -136,5 +149,5 @@ def read_json(text: str, field: str) -> Any:
         raise errors.InvalidRequest(f"{field}: {error}", field=field) from error
     except errors.DecodeError as error:
         raise errors.InvalidRequest(
-            f"""{field} is no JSON ({error}); write --{field} '{{"name": "value"}}', @FILE or -""", field=field
+            f"""{field}: {error}; write --{field} '{{"name": "value"}}', @FILE or -""", field=field
         ) from error

@@ -17,7 +17,7 @@ def pause(session: Session, task_id: str) -> None:
     perdure pause 0192f3aa
     """
     with session.client() as client:
-        handle = client.get(task_id)
+        handle = session.handle(client, task_id)
         tell(session, handle.id, "pause", handle.pause())
 
 
@@ -31,7 +31,7 @@ def resume(session: Session, task_id: str) -> None:
     perdure resume 0192f3aa
     """
     with session.client() as client:
-        handle = client.get(task_id)
+        handle = session.handle(client, task_id)
         tell(session, handle.id, "resume", handle.resume())
 
 
@@ -40,13 +40,15 @@ def resume(session: Session, task_id: str) -> None:
 @click.option("--reason", default="", help="Why, for people to read.")
 @session
 def cancel(session: Session, task_id: str, reason: str) -> None:
-    """End a task without a result; a running one is asked to stop first.
+    """End a task without a result.
+
+    A running one is asked to stop first.
 
     \b
     perdure cancel 0192f3aa --reason "wrong file"
     """
     with session.client() as client:
-        handle = client.get(task_id)
+        handle = session.handle(client, task_id)
         tell(session, handle.id, "cancel", handle.cancel(reason))
 
 
@@ -55,7 +57,9 @@ def cancel(session: Session, task_id: str, reason: str) -> None:
 @click.option("--input", "input_text", metavar="JSON", help="New input: JSON, @FILE, or - for stdin.")
 @session
 def retry(session: Session, task_id: str, input_text: str | None) -> None:
-    """Send a failed or timed-out task back to its queue; completed steps and checkpoint are kept.
+    """Send a failed or timed-out task back to work.
+
+    Completed steps and the checkpoint are kept.
 
     \b
     perdure retry 0192f3aa
@@ -67,7 +71,7 @@ def redrive(session: Session, task_id: str, input_text: str | None) -> None:
     """Retry a task, with new input if there is one."""
     value = None if input_text is None else read_json(input_text, "input")
     with session.client() as client:
-        handle = client.get(task_id)
+        handle = session.handle(client, task_id)
         decided = handle.retry() if input_text is None else handle.retry(value)
         tell(session, handle.id, "retry", decided)
 

@@ -77,5 +77,5 @@ def discard(session: Session, task_id: str, reason: str) -> None:
     perdure dlq discard 0192f3aa --reason "input was wrong"
     """
     with session.client() as client:
-        handle = client.get(task_id)
+        handle = session.handle(client, task_id)
         tell(session, handle.id, "discard", handle.discard(reason))

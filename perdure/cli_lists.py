@@ -44,7 +44,7 @@ def workers(session: Session) -> None:
 @click.command()
 @session
 def queues(session: Session) -> None:
-    """List queues and how many tasks wait and run in them. Needs the server.
+    """List queues and what is in them. Needs the server.
 
     \b
     perdure queues

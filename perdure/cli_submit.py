@@ -7,6 +7,7 @@ from typing import Any
 import click
 
 from perdure.cli_common import Session, read_json, session
+from perdure.schemas.errors import InvalidRequest
 
 
 @click.command()
@@ -40,7 +41,9 @@ def submit(
     labels: tuple[str, ...],
     **options: Any,
 ) -> None:
-    """Submit a task of TYPE and print its id; done when Kafka has it for good.
+    """Submit a task of TYPE and print its id.
+
+    Done when Kafka has it for good; a worker need not be there yet.
 
     \b
     perdure submit process_large_dataset --input '{"dataset_path": "large.csv"}' --key 2026-11
@@ -60,5 +63,5 @@ def submit(
 def _pair(label: str) -> tuple[str, str]:
     name, equals, value = label.partition("=")
     if not equals or not name:
-        raise click.BadParameter(f"{label!r} is not NAME=VALUE", param_hint="--label")
+        raise InvalidRequest(f"label {label!r} is not NAME=VALUE", field="label")
     return name, value

@@ -17,7 +17,7 @@ def status(session: Session, task_id: str) -> None:
     perdure status 0192f3aa --json
     """
     with session.client() as client:
-        found = client.get(task_id).status()
+        found = session.handle(client, task_id).status()
     if session.json:
         session.answer(found.raw)
     else:
@@ -36,7 +36,7 @@ def why(session: Session, task_id: str) -> None:
     perdure why 0192f3aa
     """
     with session.client() as client:
-        found = client.get(task_id).status()
+        found = session.handle(client, task_id).status()
     answer = {"task_id": found.task_id, "state": found.state, "reason": found.reason, "why": found.why}
     session.answer(answer, f"{found.state}: {found.why}")
 
@@ -46,13 +46,15 @@ def why(session: Session, task_id: str) -> None:
 @click.option("--timeout", metavar="DURATION", help="Give up after so long (exit 1); default: never.")
 @session
 def wait(session: Session, task_id: str, timeout: str | None) -> int:
-    """Wait for a task's end; exit 0 when it completed, 1 when it failed, timed out or was cancelled.
+    """Wait for a task's end.
+
+    Exit 0 when it completed, 1 when it failed, timed out or was cancelled.
 
     \b
     perdure wait 0192f3aa --timeout 10m && echo done
     """
     with session.client() as client:
-        found = client.get(task_id).wait(timeout)
+        found = session.handle(client, task_id).wait(timeout)
     outcome = found.outcome()
     session.answer(found.raw, str(outcome) if outcome else f"COMPLETED: {dumps(found.raw.get('result'))}")
     return REFUSED if outcome else 0
@@ -63,7 +65,9 @@ def wait(session: Session, task_id: str, timeout: str | None) -> int:
 @click.option("-f", "--follow", is_flag=True, help="Go on until the task's end.")
 @session
 def history(session: Session, task_id: str, follow: bool) -> None:
-    """Print every recorded event of a task; with --json one event a line.
+    """Print every recorded event of a task.
+
+    With --json one event a line.
 
     \b
     perdure history 0192f3aa
@@ -71,7 +75,7 @@ def history(session: Session, task_id: str, follow: bool) -> None:
     from perdure.cli_text import event_json, event_text
 
     with session.client() as client:
-        for event in client.get(task_id).events(follow=follow):
+        for event in session.handle(client, task_id, past=True).events(follow=follow):
             session.answer(event_json(event), event_text(event))
 
 
@@ -81,13 +85,15 @@ def history(session: Session, task_id: str, follow: bool) -> None:
 @click.option("-f", "--follow", is_flag=True, help="Go on until the task's end.")
 @session
 def logs(session: Session, task_id: str, last_n: int, follow: bool) -> None:
-    """Print what a task has printed and logged; with --json one line a record.
+    """Print what a task has printed and logged.
+
+    With --json one record a line.
 
     \b
     perdure logs 0192f3aa -n 20 -f
     """
     with session.client() as client:
-        for line in client.get(task_id).log_lines(last_n, follow=follow):
+        for line in session.handle(client, task_id, past=True).log_lines(last_n, follow=follow):
             if line.dropped:
                 session.answer({"dropped": line.dropped}, f"... {line.dropped} lines left out ...")
             session.answer(dict(vars(line)), line.text)

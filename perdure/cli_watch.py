@@ -22,8 +22,9 @@ _EVERY_S = 0.3
 @click.argument("task_id", metavar="ID")
 @session
 def watch(session: Session, task_id: str) -> int:
-    """Follow a task's progress until its end; exit 0 when it completed, 1 otherwise.
+    """Follow a task until its end.
 
+    Exit 0 when it completed, 1 otherwise.
     On a terminal a bar with percent, time to go, step and state; elsewhere a line for each change, with --json the
     whole status.
 
@@ -32,7 +33,7 @@ def watch(session: Session, task_id: str) -> int:
     """
     live = not session.json and sys.stdout.isatty()
     with session.client() as client:
-        handle = client.get(task_id)
+        handle = session.handle(client, task_id)
         last = _show_live(handle) if live else _print_changes(session, handle)
     outcome = last.outcome()
     if not session.json:

@@ -96,13 +96,34 @@ class Client:
         reply = self.ask(DescribeTask(**self.head(), task_id=text))
         if reply.accepted:
             return reply.task_id or text
-        found = self._find(text) if len(text.encode()) >= limits.FIND_PREFIX_MIN else []
+        found = self.find(text) if len(text.encode()) >= limits.FIND_PREFIX_MIN else []
         if not found:
             raise NotFound(f"no task has the id {text!r}, and none of an id that begins so is known to the engine")
         if len(found) > 1:
             shown = ", ".join(found[:_SHOWN_IDS]) + (" ..." if len(found) > _SHOWN_IDS else "")
             raise AmbiguousId(f"{text!r} is the beginning of {len(found)} ids: {shown}", field="task_id")
         return found[0]
+
+    def find(self, prefix: str) -> list[str]:
+        """The ids, whole or local, that begin with a prefix of at least 8 characters; every partition is asked.
+
+        Raises `InvalidRequest`, or `Unreachable` when not all of them have answered within 5 s.
+        """
+        connection = self._connection()
+        query = FindTasks(**self.head(), prefix=prefix)
+        json_commands.check(query)
+        expected = connection.replies.expect(query.command_id)
+        self._append(query, range(connection.log.partitions), limits.DEFAULT_QUEUE)
+        deadline = time.monotonic() + _VERDICT_S
+        found: set[str] = set()
+        for _ in range(connection.log.partitions):
+            reply = expected.next(deadline - time.monotonic())
+            if reply is None:
+                raise Unreachable(
+                    f"not every partition answered within {_VERDICT_S:g} s: give the whole id, or try again"
+                )
+            found |= set(json.loads(reply.body or b"{}").get("ids", ()))
+        return sorted(found)
 
     def head(self) -> dict[str, Any]:
         """The fields that every command of this client has."""
@@ -119,7 +140,7 @@ class Client:
             raise Unreachable(f"the engine did not answer within {timeout_s:g} s; is one running on this namespace?")
         return reply
 
-    def decide(self, command: SubmitTask | Control) -> bool:
+    def decide(self, command: Control) -> bool:
         """Send a command and wait for its verdict: True when it holds, False when it is in the log but undecided.
 
         Blocks up to 5 s after the append. Raises `CommandRefused`, `NotFound` or `Unreachable` (the append failed).
@@ -132,21 +153,6 @@ class Client:
             return False
         raise_refusal(reply, command.task_id)
         return True
-
-    def carry_out(self, content: dict[str, Any]) -> dict[str, Any]:
-        """Carry out a JSON command other than a query, for the HTTP API, and wait up to 5 s for its verdict.
-
-        Its `command_id`, `issued_by` and `reply_to` are this client's own where the caller gave none. Raises what
-        `submit` and the verbs of a handle raise, and `DecodeError` for what is no command.
-        """
-        command = json_commands.parse(json.dumps(self.head() | content | {"reply_to": self.id}).encode())
-        if isinstance(command, SubmitTask):
-            command = self._placed(command)
-        elif not isinstance(command, Control):
-            raise InvalidRequest(f"{type(command).__name__} is not to be had here", field="command")
-        decided = self.decide(command)
-        answer = {"accepted": True, "decided": decided, "reason": "", "field": None}
-        return answer | {"command_id": command.command_id, "task_id": command.task_id}
 
     # Where things go --------------------------------------------------------------------------------------------------
 
@@ -172,24 +178,6 @@ class Client:
         local = ids.check_local_id(command.task_id) if command.task_id else _new_local_id(command, queue)
         routing_key = catalog.routing_key(queue, local)
         return replace(command, queue=routing_key, task_id=ids.join(routing_key, local))
-
-    def _find(self, prefix: str) -> list[str]:
-        """The ids that begin with a prefix, asked of every partition."""
-        connection = self._connection()
-        query = FindTasks(**self.head(), prefix=prefix)
-        json_commands.check(query)
-        expected = connection.replies.expect(query.command_id)
-        self._append(query, range(connection.log.partitions), limits.DEFAULT_QUEUE)
-        deadline = time.monotonic() + _VERDICT_S
-        found: set[str] = set()
-        for _ in range(connection.log.partitions):
-            reply = expected.next(deadline - time.monotonic())
-            if reply is None:
-                raise Unreachable(
-                    f"not every partition answered within {_VERDICT_S:g} s: give the whole id, or try again"
-                )
-            found |= set(json.loads(reply.body or b"{}").get("ids", ()))
-        return sorted(found)
 
     # The log ----------------------------------------------------------------------------------------------------------
 

@@ -1,54 +1,35 @@
-"""Running as a process: signals that ask to stop, and children that are restarted when they die."""
+"""What Linux offers to keep a tree of processes together (prctl(2))."""
 
 from __future__ import annotations
 
+import ctypes
+import os
 import signal
-import subprocess
-import sys
-import threading
-import time
-from collections.abc import Callable, Sequence
 
-_BACKOFF_MIN_S = 0.1
-_BACKOFF_MAX_S = 10.0
-_HEALTHY_S = 30.0
+_PDEATHSIG = 1
+_CHILD_SUBREAPER = 36
+_libc = ctypes.CDLL(None, use_errno=True)
 
 
-def on_stop_signals(stop: Callable[[], None]) -> None:
-    """Call `stop` at SIGTERM and SIGINT. For the main thread."""
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stop())
+def die_with_parent(signum: int = signal.SIGKILL) -> None:
+    """Have the kernel send this process a signal when the thread that made it ends; 0: no more."""
+    _prctl(_PDEATHSIG, signum)
 
 
-def supervise(command: Sequence[str], count: int, say: Callable[[str], None] = lambda text: print(text, file=sys.stderr)) -> int:
-    """Keep `count` processes of `command` running until SIGTERM or SIGINT; returns 0. Blocks.
-
-    One that ends is started again, at once at first and at growing intervals while it keeps dying young.
-    """
-    stopping = threading.Event()
-    on_stop_signals(stopping.set)
-    threads = [threading.Thread(target=_keep, args=(command, i, stopping, say)) for i in range(count)]
-    for thread in threads:
-        thread.start()
-    while any(t.is_alive() for t in threads):
-        stopping.wait(0.5)
-        for thread in threads:
-            thread.join(0.1)
-    return 0
+def adopt_orphans() -> None:
+    """Become the parent of descendants whose own parent ends, however they detached themselves."""
+    _prctl(_CHILD_SUBREAPER, 1)
 
 
-def _keep(command: Sequence[str], number: int, stopping: threading.Event, say: Callable[[str], None]) -> None:
-    backoff = _BACKOFF_MIN_S
-    while not stopping.is_set():
-        began = time.monotonic()
-        with subprocess.Popen(command) as child:
-            while child.poll() is None and not stopping.wait(0.1):
-                pass
-            if child.poll() is None:
-                child.terminate()
-                return
-        if time.monotonic() - began > _HEALTHY_S:
-            backoff = _BACKOFF_MIN_S
-        say(f"process {number} ended with code {child.returncode}; starts again in {backoff:.1f} s")
-        stopping.wait(backoff)
-        backoff = min(backoff * 2, _BACKOFF_MAX_S)
+def kill_group(pid: int, signum: int = signal.SIGKILL) -> None:
+    """Signal the process group that `pid` leads; nothing happens if it is empty."""
+    try:
+        os.killpg(pid, signum)
+    except ProcessLookupError:
+        return
+
+
+def _prctl(option: int, value: int) -> None:
+    if _libc.prctl(option, value, 0, 0, 0) != 0:
+        number = ctypes.get_errno()
+        raise OSError(number, f"prctl({option}): {os.strerror(number)}")

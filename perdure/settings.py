@@ -93,6 +93,12 @@ class Settings(BaseSettings):
         options = InitSettingsSource(settings_cls, {"kafka": _kafka_environment(os.environ)})
         return init_settings, options, env_settings, InitSettingsSource(settings_cls, file_settings(Path.cwd()))
 
+    def environment(self) -> dict[str, str]:
+        """These settings as the environment of a child process."""
+        plain = self.model_dump(mode="json", exclude={"kafka"}, exclude_none=True)
+        options = {_KAFKA_PREFIX + name.upper().replace(".", "__"): value for name, value in self.kafka.items()}
+        return {_PREFIX + name.upper(): str(value) for name, value in plain.items()} | options
+
     def require_bootstrap(self) -> str:
         """Kafka's address. Raises `Unreachable` when none is set and no dev stack runs."""
         if self.bootstrap is None:

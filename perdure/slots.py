@@ -269,10 +269,10 @@ class Slots:
         if self._spawn_at is None and not self.stopping:
             processes = [c for c in self._children.values() if c.executor == "process"]
             busy = sum(bool(c.attempts) for c in processes)
-            wanted = min(self._capacity["process"], busy + len(self._waiting["process"]) + SPARE)
+            wanted = min(self._capacity.get("process", 0), busy + len(self._waiting["process"]) + SPARE)
             for _ in range(wanted - len(processes)):
                 self._spawn("process")
-            if self._capacity["async"] and len(processes) == len(self._children):
+            if self._capacity.get("async") and not any(c.executor == "async" for c in self._children.values()):
                 self._spawn("async")
         for executor, waiting in self._waiting.items():
             while waiting and self._idle[executor]:
@@ -305,6 +305,7 @@ class Slots:
         for page in attempt.early:
             child.link.send(page)
         attempt.early.clear()
+        attempt.grant = codec.replace(attempt.grant, input=None)
 
     def _said(self, link: Link, frame: channel.FromChild) -> None:
         child = self._children[link.child.name]

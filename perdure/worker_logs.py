@@ -75,7 +75,8 @@ class AttemptLog:
     """The lines of one attempt: numbered, capped, with a count of those left out."""
 
     def __init__(self, offer: Callable[[int, LogLine], bool], grant: RunAttempt, partition: int) -> None:
-        self._offer, self._grant, self._partition = offer, grant, partition
+        self._offer, self._partition = offer, partition
+        self._grant = codec.replace(grant, input=None)
         self._cap = RateCap(LINES_PER_S, LINES_BURST)
         self._pipes: dict[str, Lines] = {}
         self._number = 0

@@ -257,11 +257,11 @@ class _Query:
             return None
         try:
             at, task_id = json.loads(base64.urlsafe_b64decode(text.encode()))
+            if type(at) is int and -(2**63) <= at < 2**63 and type(task_id) is str and task_id.encode():
+                return at, task_id
         except (ValueError, TypeError, RecursionError):
-            at, task_id = None, None
-        if type(at) is not int or type(task_id) is not str or not -(2**63) <= at < 2**63:
-            raise InvalidRequest("cursor is none that this server gave: take `next` of the page before", field="cursor")
-        return at, task_id
+            pass  # told below, as for every other text that is no cursor
+        raise InvalidRequest("cursor is none that this server gave: take `next` of the page before", field="cursor")
 
 
 def _cursor(place: Place | None) -> str | None:

@@ -17,5 +17,7 @@ DEAD_LETTERS = Kind(
     name=DeadLetterProcessor.name,
     inputs=DeadLetterProcessor.inputs,
     changelog=DeadLetterProcessor.changelog,
-    open=lambda store, _: Table(DeadLetterProcessor.name, store, DeadLetterProcessor().handle, DeadLetterProcessor.inputs),
+    open=lambda store, _: Table(
+        DeadLetterProcessor.name, store, DeadLetterProcessor().handle, DeadLetterProcessor.inputs
+    ),
 )

@@ -17,10 +17,11 @@ from dataclasses import is_dataclass
 from importlib import resources
 from typing import Annotated, Any, TypeVar, get_args, get_origin
 
-from fastavro import parse_schema, schemaless_reader, schemaless_writer
+from fastavro import parse_schema, schemaless_reader
 from fastavro.schema import fingerprint, to_parsing_canonical_form
 
 from perdure.schemas import messages
+from perdure.schemas.encoder import compile_writer
 from perdure.schemas.errors import DecodeError, ValueTooLarge
 from perdure.schemas.records import avro_schema, field_types, registered
 
@@ -40,14 +41,14 @@ class UnknownSchema(DecodeError):
 class _Format:
     """How one record class is written and read."""
 
-    __slots__ = ("cls", "from_datum", "from_older", "header", "parsed", "to_datum")
+    __slots__ = ("cls", "from_datum", "from_older", "header", "parsed", "write")
 
     def __init__(self, cls: type) -> None:
         schema = avro_schema(cls)
         self.cls = cls
         self.parsed = parse_schema(schema)
         self.header = MARKER + schema_fingerprint(schema)
-        self.to_datum = _writer(cls)
+        self.write = compile_writer(cls)
         self.from_datum = _reader(cls)
         self.from_older = _reader(cls, older=True)
 
@@ -62,13 +63,12 @@ def encode(message: object) -> bytes:
     form = _BY_CLASS.get(type(message))
     if form is None:
         raise TypeError(f"{type(message).__qualname__} is no record class")
-    out = io.BytesIO()
-    out.write(form.header)
+    parts = [form.header]
     try:
-        schemaless_writer(out, form.parsed, form.to_datum(message))
+        form.write(message, parts.append)
+        return b"".join(parts)
     except (AttributeError, KeyError, OverflowError) as error:
         raise ValueError(f"no valid {form.cls.__name__}: {type(error).__name__}: {error}") from error
-    return out.getvalue()
 
 
 def decode(data: bytes) -> Any:
@@ -142,20 +142,6 @@ def _make(cls: type, datum: dict[str, Any]) -> Any:
     return made
 
 
-def _writer(cls: type) -> Callable[[Any], Any]:
-    nested = [(n, w) for n, hint in field_types(cls).items() if (w := _write_value(hint)) is not None]
-    if not nested:
-        return lambda message: message.__dict__
-
-    def write(message: Any) -> dict[str, Any]:
-        datum = dict(message.__dict__)
-        for name, convert in nested:
-            datum[name] = convert(datum[name])
-        return datum
-
-    return write
-
-
 def _reader(cls: type, older: bool = False) -> Callable[[dict[str, Any]], Any]:
     hints = field_types(cls)
     nested = [(n, r) for n, hint in hints.items() if (r := _read_value(hint, older)) is not None]
@@ -172,21 +158,6 @@ def _reader(cls: type, older: bool = False) -> Callable[[dict[str, Any]], Any]:
         return _make(cls, datum)
 
     return read_older if older else read
-
-
-def _write_value(hint: Any) -> Callable[[Any], Any] | None:
-    """How to turn a field's value into what fastavro writes; None: it is that already."""
-    hint, optional = _core(hint)
-    arms = _record_arms(hint)
-    if len(arms) > 1:
-        writers = {a: (a.avro_name, _writer(a)) for a in arms}
-        return lambda v: (writers[type(v)][0], writers[type(v)][1](v))
-    if get_origin(hint) is list and (inner := _write_value(get_args(hint)[0])) is not None:
-        return lambda v: None if v is None else [inner(item) for item in v]
-    if arms:
-        single = _writer(arms[0])
-        return (lambda v: None if v is None else single(v)) if optional else single
-    return None
 
 
 def _read_value(hint: Any, older: bool) -> Callable[[Any], Any] | None:

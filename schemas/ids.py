@@ -73,7 +73,7 @@ def check_local_id(local_id: str, field: str = "task_id") -> str:
 
 
 def _is_text(value: str) -> bool:
-    return not any(0xD800 <= ord(c) <= 0xDFFF for c in value)
+    return value.isascii() or not any(0xD800 <= ord(c) <= 0xDFFF for c in value)
 
 
 def split(task_id: str) -> tuple[str, str]:

@@ -14,7 +14,7 @@ from perdure.schemas.errors import DecodeError, InvalidRequest
 from perdure.schemas.inbox import CommandReply
 from perdure.schemas.json_commands import check
 from perdure.schemas.reports import ReportBatch
-from perdure.streams import attempts, describe, leases, routing, submit, tables, task_lifecycle, timers
+from perdure.streams import attempts, describe, leases, policies, routing, submit, tables, task_lifecycle, timers
 from perdure.streams.decision import Acknowledge, Moment, Note, Outputs, Quarantine, Reply, of_partition, of_task
 from perdure.streams.state import State
 from perdure.streams.task_lifecycle import ENDED, Refused
@@ -113,6 +113,10 @@ def _host(s: State, m: Moment, record: Any, given: Input) -> Outputs:
 def _apply_config(s: State, m: Moment, record: commands.ApplyConfig) -> Outputs:
     known: rows.Config | None = s.get(tables.CONFIG, record.name.encode())
     if known is not None and known.version >= record.version:
+        return
+    fault = policies.fault(record.name, record.content)
+    if fault is not None:
+        yield Quarantine("undecodable", f"{record.name}: {fault}")
         return
     yield events.ConfigApplied(
         **of_partition(s, m), name=record.name, version=record.version, content=record.content

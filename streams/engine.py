@@ -8,6 +8,7 @@ cause; the next one is not concerned.
 from __future__ import annotations
 
 import traceback
+from collections.abc import Callable
 from typing import Any
 
 from perdure.schemas import codec, commands, ids, limits, topics
@@ -55,38 +56,59 @@ class Engine:
 
     def execute(self, record: Record) -> None:
         """Execute one record. Never raises for what the record holds or brings about."""
+        if self._attempt(record, lambda: self._run(record, self._read(record))):
+            self._attempt(record, lambda: self._grant(record))
+        else:
+            self.state.grantable = True
+
+    def _attempt(self, record: Record, work: Callable[[], None]) -> bool:
+        """Do a part of the work on a record whole, or leave nothing of it behind but its quarantine."""
         s = self.state
         s.mark()
         kept_out, kept_after = len(self._out), len(self._after)
         try:
-            given = self._read(record)
-            self._run(record, given)
+            work()
+            return True
         except Exception as error:  # whatever a record brings about, the next ones are executed
             s.undo()
             del self._out[kept_out:], self._after[kept_after:]
             s.mark()
             self._set_aside(record, *_cause_of(error))
+            return False
 
     def set_aside_unread(self, record: Record, detail: str) -> None:
         """Pass over a record that has killed the process before, without touching it."""
         self.state.mark()
+        self._pass(record)
         self._quarantine(record, "killer", detail, keep=False)
-        self._advance(record)
 
     def _run(self, record: Record, given: Input) -> None:
         s = self.state
-        cause = Cause(partition=record.partition, offset=record.offset)
         tick = given.message if isinstance(given.message, commands.Tick) else None
-        self._take(record, clock.adjust(s, Moment(record.at, clock.now(s, record.at), cause), tick))
-        moment = Moment(record.at, clock.now(s, record.at), cause)
-        self._take(record, decide(s, moment, given))
-        for _ in range(GRANTS_AT_ONCE):
-            if not s.grantable or not self._take(record, ready_queue.next_grant(s, moment)):
-                s.grantable = False
-                break
+        self._take(record, clock.adjust(s, self._moment(record), tick))
+        self._take(record, decide(s, self._moment(record), given))
+        self._advance(record)
         if tick is not None:
             s.look_for_timers()
-        self._advance(record)
+
+    def _grant(self, record: Record) -> None:
+        """Grant what has become possible."""
+        moment = self._moment(record)
+        for _ in range(GRANTS_AT_ONCE):
+            if not self.state.grantable:
+                return
+            self.state.grantable = False
+            self.state.grantable = self._take(record, ready_queue.next_grant(self.state, moment))
+
+    def _moment(self, record: Record) -> Moment:
+        cause = Cause(partition=record.partition, offset=record.offset)
+        return Moment(record.at, clock.now(self.state, record.at), cause)
+
+    def _pass(self, record: Record) -> None:
+        """Of a record that is not executed, only its time counts."""
+        if self.state.position is None or self.state.position.offset <= record.offset:
+            self._take(record, clock.adjust(self.state, self._moment(record), None))
+            self._advance(record)
 
     def _advance(self, record: Record) -> None:
         last = self.state.position
@@ -171,13 +193,11 @@ class Engine:
 
     def _set_aside(self, record: Record, cause: str, detail: str) -> None:
         """Quarantine a record; one that was forwarded counts as taken, or its source would send it for ever."""
+        self._pass(record)
         self._quarantine(record, cause, detail)
         given = self._forwarded(record)
         if given is not None and routing.is_next(self.state, given):
-            place = Cause(partition=record.partition, offset=record.offset)
-            moment = Moment(record.at, clock.now(self.state, record.at), place)
-            self._take(record, routing.taken(self.state, moment, given))
-        self._advance(record)
+            self._take(record, routing.taken(self.state, self._moment(record), given))
 
     def _forwarded(self, record: Record) -> commands.Forwarded | None:
         try:

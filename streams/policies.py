@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+from functools import lru_cache
 
+from perdure.schemas import limits
 from perdure.schemas.commands import SubmitTask
 from perdure.schemas.common import Policy, Retry
+from perdure.schemas.errors import InvalidRequest
+from perdure.schemas.ids import check_queue
 from perdure.schemas.policies import apply_overrides, policy_from_json
 from perdure.streams.state import State
 
@@ -21,12 +25,34 @@ def effective(s: State, task_id: str) -> Policy:
     return spec.policy if spec.policy is not None else _over(Policy(retry=Retry()), spec.overrides)
 
 
-def of_type(content: dict[str, object], overrides: bytes | None) -> Policy:
-    """The policy in a type's configuration, with the submitter's settings laid over it."""
-    stated = content.get("policy", {})
-    if not isinstance(stated, dict):
-        raise TypeError(f"a type's policy is an object, not {type(stated).__name__}")
-    return _over(policy_from_json(stated), overrides)
+def of_type(s: State, task_type: str, overrides: bytes | None) -> Policy:
+    """The policy of a type whose configuration is applied, with the submitter's settings laid over it."""
+    known = s.config("type/" + task_type)
+    assert known is not None, f"type {task_type} is not configured"
+    version, content = known
+    return _of_version(task_type, version, json.dumps(content.get("policy", {})), overrides)
+
+
+@lru_cache(maxsize=1_024)
+def _of_version(task_type: str, version: int, stated: str, overrides: bytes | None) -> Policy:
+    return _over(policy_from_json(json.loads(stated)), overrides)
+
+
+def fault(name: str, content: bytes | None) -> str | None:
+    """What makes a configuration value unusable; None if nothing does."""
+    try:
+        value = {} if content is None else json.loads(content)
+        if not isinstance(value, dict):
+            return "no JSON object"
+        if name.startswith("type/"):
+            policy_from_json(value.get("policy", {}))
+            check_queue(value.get("queue") or limits.DEFAULT_QUEUE)
+        elif name.startswith("queue/"):
+            for key in value.get("routing_keys", []):
+                check_queue(key, "routing_keys")
+    except (ValueError, TypeError, InvalidRequest) as error:
+        return str(error)
+    return None
 
 
 def overrides_of(command: SubmitTask) -> bytes | None:

@@ -65,7 +65,7 @@ def bind(s: State, m: Moment, task_id: str) -> Outputs:
     spec = s.spec(task_id)
     known = s.config("type/" + spec.type)
     if known is not None and known[0] >= (spec.policy_version or 0):
-        policy = policies.of_type(known[1], spec.overrides)
+        policy = policies.of_type(s, spec.type, spec.overrides)
         yield events.TaskPolicyBound(**of_task(s, m, task_id), policy=policy, policy_version=known[0])
 
 

@@ -35,7 +35,7 @@ def submit(s: State, m: Moment, command: SubmitTask) -> Outputs:
     overrides = policies.overrides_of(command)
     known = s.config("type/" + command.type)
     bound = known is not None and known[0] >= (command.policy_version or 0)
-    policy = policies.of_type(known[1], overrides) if known is not None and bound else None
+    policy = policies.of_type(s, command.type, overrides) if bound else None
     yield events.TaskSubmitted(
         **of_task(s, m, task_id), **{name: getattr(command, name) for name in _COPIED}, queue=queue,
         order=place_order(m), content_hash=content, input_hash=value, policy=policy,

@@ -8,6 +8,7 @@ All keys of a task lie in one scope, its steps as keys of their own.
 from __future__ import annotations
 
 import re
+from functools import lru_cache
 
 from perdure.schemas import ids
 
@@ -41,6 +42,7 @@ def number(value: int) -> bytes:
     return value.to_bytes(8, "big")
 
 
+@lru_cache(maxsize=65_536)
 def task(task_id: str) -> bytes:
     """Scope of a task. The local id comes first, so that a task is found without its routing key."""
     routing_key, local = ids.split(task_id)
@@ -83,6 +85,7 @@ def step_id(suffix: bytes) -> str:
     return suffix[1:].decode()
 
 
+@lru_cache(maxsize=4_096)
 def ready(queue: str, task_type: str) -> bytes:
     """Scope of the ready queue of one queue and type."""
     return b"q" + text(queue) + text(task_type)
@@ -93,6 +96,7 @@ def place(priority: int, order: int) -> bytes:
     return bytes([9 - priority]) + number(order)
 
 
+@lru_cache(maxsize=4_096)
 def leases(session: str) -> bytes:
     """Scope of the leases of a session; the suffix is the grant's number."""
     return b"g" + text(session)

@@ -161,8 +161,8 @@ def on_kafka(bootstrap: str, prefix: str) -> Bench:
     log = KafkaLog(bootstrap, prefix, partitions=PARTITIONS)
 
     def truncate(topic: str, partition: int, first: int) -> None:
-        where = KafkaPartition(prefix + topic, partition, first)
-        log.admin().delete_records([where])[where].result(DEADLINE_S)
+        admin, where = log.admin(), KafkaPartition(prefix + topic, partition, first)
+        admin.delete_records([where])[where].result(DEADLINE_S)
 
     return Bench(log, truncate)
 

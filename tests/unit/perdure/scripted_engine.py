@@ -12,7 +12,7 @@ from perdure.schemas import codec, ids
 from perdure.schemas.commands import Command
 from perdure.schemas.inbox import CommandReply
 from perdure.schemas.public import ConfigRecord
-from perdure.streams.log import BEGIN, Record
+from perdure.streams.log import END, Record
 from perdure.streams.memory_log import MemoryLog
 
 Answer = tuple[bool, dict[str, Any]]
@@ -29,12 +29,12 @@ class ScriptedEngine:
         self.script = script
         self.seen: list[tuple[int, Command]] = []
         self._stop = threading.Event()
+        self._reader = log.reader(committed=False)
+        self._reader.assign({("task-commands", p): END for p in range(log.partitions)})
 
     def run(self) -> None:
-        reader = self.log.reader(committed=False)
-        reader.assign({("task-commands", p): BEGIN for p in range(self.log.partitions)})
         while not self._stop.is_set():
-            for record in reader.read(100, 0.05):
+            for record in self._reader.read(100, 0.05):
                 self._answer(record)
 
     def stop(self) -> None:

@@ -87,6 +87,15 @@ def test_librdkafka_options_from_everywhere(elsewhere: Path, monkeypatch: pytest
     }
 
 
+def test_a_child_process_gets_the_same_settings(elsewhere: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (elsewhere / "perdure.toml").write_text('keys_file = "k"\n[kafka]\nsasl.mechanism = "PLAIN"\nlog_level = 3\n')
+    settings = Settings.load(bootstrap="a:1", api="http://b", data_dir=elsewhere / "d")
+    (elsewhere / "perdure.toml").unlink()
+    for name, value in settings.environment().items():
+        monkeypatch.setenv(name, value)
+    assert Settings.load() == settings
+
+
 def test_secrets_are_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PERDURE_API_TOKEN", "hush")
     monkeypatch.setenv("PERDURE_KAFKA__SASL__PASSWORD", "hush")

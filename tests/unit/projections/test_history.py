@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from perdure.projections.history import KINDS, Attempt, attempts
 from perdure.schemas import events
 from perdure.schemas.common import Usage
@@ -67,10 +69,11 @@ def test_a_crash_loop_fails_the_attempt_and_loses_the_epoch() -> None:
 
 
 def test_the_end_of_a_paused_task_ends_its_attempt() -> None:
-    for end, said, outcome in (
+    ends: list[tuple[type[events.TaskEvent], dict[str, Any], str]] = [
         (events.TaskCancelled, {}, "CANCELLED"),
         (events.TaskTimedOut, {"which": "total"}, "TIMED_OUT"),
-    ):
+    ]
+    for end, said, outcome in ends:
         story = Story().running()
         story.then(events.TaskPaused)
         story.then(end, **said)

@@ -207,7 +207,7 @@ def test_a_rejection_moves_only_the_sequence() -> None:
 
 
 def test_events_of_no_task_change_nothing() -> None:
-    of_partition = {"seq": 99, "at": 1, "cause": Cause(partition=0, offset=0), "build": "", "feature_level": 1}
+    of_partition: dict[str, Any] = {"seq": 99, "at": 1, "cause": Cause(partition=0, offset=0), "build": "", "feature_level": 1}
     nobody = events.CommandRejected(**of_partition, command_id="c", command="PauseTask", reason="unknown")
     progress = folded(Story().running().events)
     for event in (events.ForwardTaken(**of_partition, source=1, number=1), nobody):
@@ -247,7 +247,7 @@ def test_an_id_is_free_again_when_its_task_is_retired() -> None:
     assert folded(old.events + old.events[:1]).retired  # the old submit, told once more, brings nothing back
 
 
-@pytest.mark.parametrize("kind", sorted(events.TaskEvent.__subclasses__(), key=lambda c: c.__name__))
+@pytest.mark.parametrize("kind", events.TaskEvent.__subclasses__())
 @settings(max_examples=20)
 @given(data=st.data())
 def test_every_kind_of_event_has_a_place(kind: type[events.TaskEvent], data: st.DataObject) -> None:

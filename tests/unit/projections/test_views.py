@@ -80,7 +80,13 @@ def tell(log: MemoryLog, story: Story) -> None:
 
 def task(log: MemoryLog, task_id: str, at: int = 1_000, **said: Any) -> None:
     """A task's row, without its events."""
-    usual = {"type": "crunch", "queue": task_id.split("/")[0], "state": "PENDING", "submitted_at": at, "seq": 1}
+    usual: dict[str, Any] = {
+        "type": "crunch",
+        "queue": task_id.split("/")[0],
+        "state": "PENDING",
+        "submitted_at": at,
+        "seq": 1,
+    }
     append(log, "task-progress", task_id, TaskProgress(task_id=task_id, **usual | said))
 
 
