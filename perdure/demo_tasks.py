@@ -55,13 +55,13 @@ def review_file(path: str, name: str, witness: str) -> dict[str, Any]:
         tree = ast.parse(source, filename=name)
     except (SyntaxError, ValueError) as error:
         return {"lines": lines, "functions": [], "branches": 0, "finding": f"{type(error).__name__}: {error}"}
-    functions = [
-        [f"{name}:{n.lineno} {n.name}", (n.end_lineno or n.lineno) - n.lineno + 1]
+    functions: list[tuple[str, int]] = [
+        (f"{name}:{n.lineno} {n.name}", (n.end_lineno or n.lineno) - n.lineno + 1)
         for n in ast.walk(tree)
         if isinstance(n, (ast.FunctionDef, ast.AsyncFunctionDef))
     ]
     branches = sum(isinstance(n, _BRANCHES) for n in ast.walk(tree))
-    longest = sorted(functions, key=lambda f: -int(f[1]))[:_TOP]
+    longest = sorted(functions, key=lambda f: -f[1])[:_TOP]
     return {"lines": lines, "functions": longest, "count": len(functions), "branches": branches, "finding": None}
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from perdure.process import on_stop_signals, supervise
+from perdure.supervise import on_stop_signals, supervise
 
 if TYPE_CHECKING:
     from perdure.settings import Settings

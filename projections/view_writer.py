@@ -102,7 +102,7 @@ class ViewWriter:
         while not stop.is_set():
             self.step(WAIT_S)
             if time.monotonic() - measured >= MEASURE_EVERY_S:
-                self._measure()
+                self.measure()
                 measured = time.monotonic()
 
     def step(self, timeout_s: float) -> int:
@@ -121,6 +121,19 @@ class ViewWriter:
         if not self.reading.caught_up and all(self._lag(where) == 0 for where in self._ends):
             self.reading = replace(self.reading, caught_up=True, lag=dict.fromkeys(_TABLES, 0))
         return len(records)
+
+    def measure(self) -> None:
+        """Find out how far behind the store is and how the clocks differ; `run` does so every few seconds."""
+        try:
+            self._ends = {where: self._reader.bounds(*where)[1] for where in self._ends}
+        except Unreachable as error:
+            self.reading = replace(self.reading, problem=str(error))
+            return
+        lag = dict.fromkeys(_TABLES, 0)
+        for where in self._ends:
+            lag[where[0]] += self._lag(where)
+        # Latency only ever makes the log's clock look late, so the largest difference is the nearest to the truth.
+        self.reading = replace(self.reading, lag=lag, skew_ms=max(self._live, default=None), problem=None)
 
     def close(self) -> None:
         """Let go of log, file and lock."""
@@ -152,18 +165,6 @@ class ViewWriter:
         """Records of a partition still to be read; transaction markers may count as some while there are any."""
         end = self._ends[where]
         return 0 if self._reader.caught_up(*where, end) else max(1, end - max(0, self._next[where]))
-
-    def _measure(self) -> None:
-        try:
-            self._ends = {where: self._reader.bounds(*where)[1] for where in self._ends}
-        except Unreachable as error:
-            self.reading = replace(self.reading, problem=str(error))
-            return
-        lag = dict.fromkeys(_TABLES, 0)
-        for where in self._ends:
-            lag[where[0]] += self._lag(where)
-        # Latency only ever makes the log's clock look late, so the largest difference is the nearest to the truth.
-        self.reading = replace(self.reading, lag=lag, skew_ms=max(self._live, default=None), problem=None)
 
     # Records --------------------------------------------------------------------------------------------------------
 

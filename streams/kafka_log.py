@@ -42,7 +42,7 @@ _COMMON: dict[str, Any] = {
     "socket.nagle.disable": True,
     "reconnect.backoff.ms": 50,
     "reconnect.backoff.max.ms": 1_000,
-    "log_level": 3,
+    "log_level": 0,
 }
 _PRODUCER: dict[str, Any] = {
     "enable.idempotence": True,

@@ -1,4 +1,5 @@
-from tests.conformance.test_log import *
+import pytest, time
+from tests.conformance.test_log import on_kafka, wait_until, every, COMMANDS, EVENTS
 import confluent_kafka as ck
 @pytest.mark.kafka
 @pytest.mark.parametrize("n", range(6))

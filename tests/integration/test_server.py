@@ -55,7 +55,9 @@ class Running:
     def get(self, path: str, **headers: str) -> tuple[int, Any]:
         return self.send("GET", path, None, headers)
 
-    def send(self, method: str, path: str, body: bytes | None = None, headers: dict[str, str] | None = None) -> tuple[int, Any]:
+    def send(
+        self, method: str, path: str, body: bytes | None = None, headers: dict[str, str] | None = None
+    ) -> tuple[int, Any]:
         connection = http.client.HTTPConnection(self.url.removeprefix("http://"), timeout=30)
         try:
             connection.request(method, path, body, headers or {})

@@ -207,7 +207,13 @@ def test_a_rejection_moves_only_the_sequence() -> None:
 
 
 def test_events_of_no_task_change_nothing() -> None:
-    of_partition: dict[str, Any] = {"seq": 99, "at": 1, "cause": Cause(partition=0, offset=0), "build": "", "feature_level": 1}
+    of_partition: dict[str, Any] = {
+        "seq": 99,
+        "at": 1,
+        "cause": Cause(partition=0, offset=0),
+        "build": "",
+        "feature_level": 1,
+    }
     nobody = events.CommandRejected(**of_partition, command_id="c", command="PauseTask", reason="unknown")
     progress = folded(Story().running().events)
     for event in (events.ForwardTaken(**of_partition, source=1, number=1), nobody):
