@@ -114,7 +114,8 @@ class Slots:
         `freed` is called with the executor that has a slot more.
         """
         self._server, self._events, self._reporter, self._offer_line = server, events, reporter, offer_line
-        self._executors, self._capacity, self._freed = executors, capacity, freed
+        self._executors, self._freed = executors, freed
+        self._capacity = {e: most if e in executors.values() else 0 for e, most in capacity.items()}
         self._clock, self._wall = clock, wall
         self._children: dict[str, ChildState] = {}
         self._idle: dict[str, list[ChildState]] = {"process": [], "async": []}
@@ -254,8 +255,9 @@ class Slots:
         return min((at for at in due if at is not None), default=None)
 
     def close(self) -> None:
-        """Let go of all children; those that still run end themselves."""
+        """End the fork server and all children. Blocks until they are gone, 10 s at the most."""
         self._events.unwatch(self._server.fileno())
+        self._server.stop()
         for child in self._children.values():
             child.link.close()
             for attempt in child.attempts.values():
@@ -269,10 +271,10 @@ class Slots:
         if self._spawn_at is None and not self.stopping:
             processes = [c for c in self._children.values() if c.executor == "process"]
             busy = sum(bool(c.attempts) for c in processes)
-            wanted = min(self._capacity.get("process", 0), busy + len(self._waiting["process"]) + SPARE)
+            wanted = min(self._capacity["process"], busy + len(self._waiting["process"]) + SPARE)
             for _ in range(wanted - len(processes)):
                 self._spawn("process")
-            if self._capacity.get("async") and not any(c.executor == "async" for c in self._children.values()):
+            if self._capacity["async"] and not any(c.executor == "async" for c in self._children.values()):
                 self._spawn("async")
         for executor, waiting in self._waiting.items():
             while waiting and self._idle[executor]:

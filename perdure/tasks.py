@@ -112,9 +112,10 @@ class TaskType:
         try:
             signature.bind(None, *args, **kwargs)
         except TypeError as error:
+            given = f"the fields {', '.join(kwargs) or '(none)'}" if isinstance(value, dict) else type(value).__name__
             raise InputMismatch(
-                f"the input does not fit {self.place}{signature}: {error}; an object's fields are the arguments after "
-                f"{next(iter(signature.parameters))}, null gives none, any other value the first", field="input",
+                f"the input ({given}) does not fit {self.place}{signature}: {error}; an object's fields are the arguments "
+                "behind the first, null gives none, any other value gives one", field="input",
             ) from error  # fmt: skip
         return args, kwargs
 

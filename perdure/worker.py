@@ -54,7 +54,7 @@ from perdure.session import (
     share_out,
 )
 from perdure.slots import Slots
-from perdure.streams.log import Log, Producer
+from perdure.streams.log import Log
 from perdure.worker_logs import METRICS_MS, Activity, LogWriter, Machine
 
 SUPERSEDED = 75
@@ -87,7 +87,8 @@ class Worker:
         drain_timeout_s: float = 60.0,
     ) -> None:
         """`queues`: None for those of the loaded types. `slots`: tasks of process types at the same time, `async_slots`
-        of async ones. `name`: None for one made of host id and host slot. `start`: fork or spawn.
+        of async ones. `name`: None for one made of host id and host slot. `start`: fork or spawn. `drain_timeout_s`:
+        how long tasks may take to stop when the worker does; they are killed then.
 
         Raises `ConfigurationError` for slots below 1.
         """
@@ -117,9 +118,15 @@ class Worker:
             stack.callback(self._events.close)
             name = self._name or self._take_name(stack)
             _allow_files(sum(self._slot_counts.values()))
-            stack.callback(self._server.stop)
+            self._connect(stack, name)
             loaded = self._server.start()
-            self._open(stack, name, loaded)
+            executors = {task_type: content["policy"]["executor"] for task_type, content in loaded.types.items()}
+            self._slots = Slots(
+                self._server, self._events, self._reporter, self._logs.offer, executors, self._slot_counts,
+                self._freed, _clock, _wall,
+            )  # fmt: skip
+            stack.callback(self._slots.close)
+            self._join(stack, name, loaded, executors)
             with _signals(self.request_stop):
                 while self._code is None:
                     self._turn()
@@ -135,30 +142,38 @@ class Worker:
         stack.callback(slot.release)
         return worker_name(host, slot)
 
-    def _open(self, stack: ExitStack, name: str, loaded: Loaded) -> None:
-        config = read_config(self._log)
-        versions = self._publish(config, loaded, name)
-        executors = {task_type: content["policy"]["executor"] for task_type, content in loaded.types.items()}
-        self._lanes = _lanes(name, executors, versions, self._slot_counts)
-        self._name = name
-        producer = self._producer(stack)
+    def _connect(self, stack: ExitStack, name: str) -> None:
+        """All that writes to the log."""
+        self._producer = self._log.producer()
+        stack.callback(self._producer.close)
         signer = self._keys.newest_worker()
-        self._reporter = Reporter(producer, signer, name, _clock)
-        self._sessions = Sessions(producer, signer, self._reporter.release)
+        self._reporter = Reporter(self._producer, signer, name, _clock)
+        self._sessions = Sessions(self._producer, signer, self._reporter.release)
         self._checkpoints.mkdir(parents=True, exist_ok=True)
         machine = Machine(name, self._checkpoints, self._log.partitions)
         self._logs = LogWriter(self._log.producer(), machine, self._fail)
         self._logs.start()
         stack.callback(self._logs.close, FLUSH_S)
-        self._slots = Slots(
-            self._server, self._events, self._reporter, self._logs.offer, executors,
-            {lane.executor: lane.slots for lane in self._lanes}, self._freed, _clock, _wall,
-        )  # fmt: skip
+
+    def _join(self, stack: ExitStack, name: str, loaded: Loaded, executors: dict[str, str]) -> None:
+        """Publish the types, fork, note where each inbox ends, read on from there, and announce the sessions."""
+        config = read_config(self._log)
+        self._lanes = _lanes(name, executors, self._publish(config, loaded, name), self._slot_counts)
         queues = self._queues or [content["queue"] for content in loaded.types.values()]
         self._routing = routing_by_partition(queues, config, self._log.partitions)
-        stack.callback(self._slots.close)
         self._slots.open()
-        self._join(stack, producer)
+        reader = self._log.reader()
+        ends = {p: reader.bounds(topics.INBOX.name, p)[1] for p in self._routing}
+        reader.assign({(topics.INBOX.name, p): end for p, end in ends.items()})
+        inbox = Inbox(reader, self._producer, [lane.worker_id for lane in self._lanes], self._deliver, self._fail)
+        stack.callback(inbox.close)
+        inbox.start()
+        for lane in self._lanes:
+            session_id = new_session_id()
+            lent = share_out(lane.slots, {p: len(routing_keys) for p, routing_keys in self._routing.items()})
+            for p, routing_keys in self._routing.items():
+                self._sessions.begin(lane, p, session_id, routing_keys, lent[p], ends[p], _clock())
+            LOG.info("worker %s runs %s on %s", lane.worker_id, ", ".join(lane.types), ", ".join(self._queue_names()))
 
     def _publish(self, config: Config, loaded: Loaded, name: str) -> dict[str, int]:
         """Types and schemas into `config`; type -> version."""
@@ -168,28 +183,6 @@ class Worker:
         types = {f"type/{task_type}": content for task_type, content in loaded.types.items()}
         versions = publish(self._log, config, types, name, _wall())
         return {key.removeprefix("type/"): version for key, version in versions.items()}
-
-    def _producer(self, stack: ExitStack) -> Producer:
-        producer = self._log.producer()
-        stack.callback(producer.close)
-        return producer
-
-    def _join(self, stack: ExitStack, producer: Producer) -> None:
-        """Note where each inbox ends, read on from there, and announce the sessions."""
-        reader = self._log.reader()
-        ends = {p: reader.bounds(topics.INBOX.name, p)[1] for p in self._routing}
-        reader.assign({(topics.INBOX.name, p): end for p, end in ends.items()})
-        inbox = Inbox(reader, producer, [lane.worker_id for lane in self._lanes], self._deliver, self._fail)
-        stack.callback(inbox.close)
-        inbox.start()
-        for lane in self._lanes:
-            session_id = new_session_id()
-            lent = share_out(lane.slots, {p: len(routing_keys) for p, routing_keys in self._routing.items()})
-            for partition, routing_keys in self._routing.items():
-                self._sessions.begin(
-                    lane, partition, session_id, routing_keys, lent[partition], ends[partition], _clock()
-                )
-            LOG.info("worker %s runs %s on %s", lane.worker_id, ", ".join(lane.types), self._queue_names())
 
     # The main loop ---------------------------------------------------------------------------------------------------
 

@@ -14,6 +14,7 @@ import json
 import typing
 from collections.abc import Callable
 from dataclasses import is_dataclass
+from functools import cached_property
 from importlib import resources
 from typing import Annotated, Any, TypeVar, get_args, get_origin
 
@@ -21,7 +22,7 @@ from fastavro import parse_schema, schemaless_reader
 from fastavro.schema import fingerprint, to_parsing_canonical_form
 
 from perdure.schemas import messages
-from perdure.schemas.encoder import compile_writer
+from perdure.schemas.encoder import Write, compile_writer
 from perdure.schemas.errors import DecodeError, ValueTooLarge
 from perdure.schemas.records import avro_schema, field_types, registered
 
@@ -32,6 +33,13 @@ R = TypeVar("R")
 assert messages.__all__, "importing messages registers every record class"
 
 
+_FINGERPRINTS: dict[str, str] = json.loads(
+    (resources.files("perdure.schemas") / "avro" / "fingerprints.json").read_text()
+)
+"""Full name -> fingerprint of the present schema, as `tools/write_schemas.py` has found it: computing them all takes
+longer than everything else a short command does."""
+
+
 class UnknownSchema(DecodeError):
     """The record names a schema that this build does not know."""
 
@@ -39,18 +47,34 @@ class UnknownSchema(DecodeError):
 
 
 class _Format:
-    """How one record class is written and read."""
-
-    __slots__ = ("cls", "from_datum", "from_older", "header", "parsed", "write")
+    """How one record class is written and read; each part is made when it is first needed."""
 
     def __init__(self, cls: type) -> None:
-        schema = avro_schema(cls)
         self.cls = cls
-        self.parsed = parse_schema(schema)
-        self.header = MARKER + schema_fingerprint(schema)
-        self.write = compile_writer(cls)
-        self.from_datum = _reader(cls)
-        self.from_older = _reader(cls, older=True)
+        known = _FINGERPRINTS.get(cls.avro_name)  # type: ignore[attr-defined]
+        self.header = MARKER + (bytes.fromhex(known) if known else schema_fingerprint(avro_schema(cls)))
+
+    @cached_property
+    def parsed(self) -> Any:
+        """The schema as fastavro wants it."""
+        return parse_schema(avro_schema(self.cls))
+
+    @cached_property
+    def write(self) -> Write:
+        """The class's writer."""
+        return compile_writer(self.cls)
+
+    @cached_property
+    def from_datum(self) -> Callable[[dict[str, Any]], Any]:
+        """What fastavro has read, as a record."""
+        return _reader(self.cls)
+
+
+class _Older:
+    """An older version of a class, still read."""
+
+    def __init__(self, cls: type, schema: dict[str, Any]) -> None:
+        self.cls, self.parsed, self.from_datum = cls, parse_schema(schema), _reader(cls, older=True)
 
 
 def schema_fingerprint(schema: dict[str, Any]) -> bytes:
@@ -78,16 +102,15 @@ def decode(data: bytes) -> Any:
     known = _BY_HEADER.get(data[:HEADER])
     if known is None:
         raise UnknownSchema(f"unknown schema fingerprint {data[2:HEADER].hex()}")
-    cls, writer, from_datum = known
     body = io.BytesIO(data)
     body.seek(HEADER)
     try:
-        datum: Any = schemaless_reader(body, writer, None, return_record_name=True, return_record_name_override=True)
-        message = from_datum(datum)
+        datum: Any = schemaless_reader(body, known.parsed, None, return_record_name=True, return_record_name_override=True)
+        message = known.from_datum(datum)
     except Exception as error:  # fastavro raises many kinds on bad bytes; all mean the same here
-        raise DecodeError(f"bad {cls.__name__}: {type(error).__name__}: {error}") from error
+        raise DecodeError(f"bad {known.cls.__name__}: {type(error).__name__}: {error}") from error
     if body.tell() != len(data):
-        raise DecodeError(f"bad {cls.__name__}: {len(data) - body.tell()} bytes behind its end")
+        raise DecodeError(f"bad {known.cls.__name__}: {len(data) - body.tell()} bytes behind its end")
     return message
 
 
@@ -124,7 +147,7 @@ def read_also(schema: dict[str, Any]) -> None:
     form = _BY_NAME.get(f"{schema['namespace']}.{schema['name']}")
     if form is None:
         raise ValueError(f"no record class is named {schema['namespace']}.{schema['name']}")
-    _BY_HEADER.setdefault(MARKER + schema_fingerprint(schema), (form.cls, parse_schema(schema), form.from_older))
+    _BY_HEADER.setdefault(MARKER + schema_fingerprint(schema), _Older(form.cls, schema))
 
 
 def published_schemas() -> dict[str, dict[str, Any]]:
@@ -200,9 +223,7 @@ def _older_versions() -> list[dict[str, Any]]:
 
 
 _BY_CLASS: dict[type, _Format] = {c: _Format(c) for c in registered().values()}
-_BY_HEADER: dict[bytes, tuple[type, Any, Callable[[dict[str, Any]], Any]]] = {
-    f.header: (f.cls, f.parsed, f.from_datum) for f in _BY_CLASS.values()
-}
+_BY_HEADER: dict[bytes, _Format | _Older] = {f.header: f for f in _BY_CLASS.values()}
 _BY_NAME: dict[str, _Format] = {f.cls.avro_name: f for f in _BY_CLASS.values()}  # type: ignore[attr-defined]
 for _schema in _older_versions():
     read_also(_schema)

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 from perdure.schemas import messages
+from perdure.schemas.codec import schema_fingerprint
 from perdure.schemas.records import avro_schema, registered
 
 FOLDER = Path(__file__).resolve().parent.parent / "schemas" / "avro"
@@ -19,7 +20,8 @@ assert messages.__all__, "importing messages registers every record class"
 
 def wanted() -> dict[Path, str]:
     """File -> text, for every record that is written by itself (parts of records are written out inside them)."""
-    out = {}
+    prints = {n: schema_fingerprint(avro_schema(c)).hex() for n, c in sorted(registered().items())}
+    out = {FOLDER / "fingerprints.json": json.dumps(prints, indent=1) + "\n"}
     for name, cls in registered().items():
         if name.startswith("perdure.common."):
             continue

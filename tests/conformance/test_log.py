@@ -52,6 +52,12 @@ class Bench:
             producer.append(topic, partition, b"k", value)
         assert producer.flush(DEADLINE_S)
 
+    def member(self) -> Member:
+        """A member that has joined its group, so that it may commit."""
+        watched = self.watched("g")
+        wait_until(lambda: watched.mine == every(COMMANDS), watched)
+        return watched.member
+
     def close(self) -> None:
         for opened in reversed(self._open):
             opened.close()
@@ -359,9 +365,10 @@ def test_a_reader_catches_up_with_what_was_there(bench: Bench, committed: bool) 
 def test_transactions_at_the_end_are_passed_over(bench: Bench, committed: bool, ends: str) -> None:
     """Markers and aborted records have offsets, but are never handed out."""
     bench.appended(EVENTS, 0, b"a")
-    writer, member = bench.transactional(), bench.watched("g").member
+    writer, member = bench.transactional(), bench.member()
     writer.begin()
     writer.append(EVENTS, 0, None, b"b")
+    take(bench.reader({(EVENTS, 0): 1}, committed=False), 1)
     if ends == "commit":
         writer.commit(member, {})
     else:
@@ -374,7 +381,7 @@ def test_transactions_at_the_end_are_passed_over(bench: Bench, committed: bool, 
 
 
 def test_a_reader_at_the_end_is_caught_up(bench: Bench) -> None:
-    writer, member = bench.transactional(), bench.watched("g").member
+    writer, member = bench.transactional(), bench.member()
     writer.begin()
     writer.append(EVENTS, 0, None, b"a")
     writer.commit(member, {})
@@ -384,7 +391,7 @@ def test_a_reader_at_the_end_is_caught_up(bench: Bench) -> None:
 
 def test_bounds_include_an_open_transaction_that_a_committed_reader_cannot_pass(bench: Bench) -> None:
     bench.appended(EVENTS, 0, b"a")
-    writer, member = bench.transactional(), bench.watched("g").member
+    writer, member = bench.transactional(), bench.member()
     writer.begin()
     writer.append(EVENTS, 0, None, b"b")
     seen = bench.reader({(EVENTS, 0): 1}, committed=False)
@@ -405,7 +412,7 @@ def test_bounds_include_an_open_transaction_that_a_committed_reader_cannot_pass(
 def test_a_transaction_shows_as_a_whole_when_it_is_committed(bench: Bench) -> None:
     everywhere = {(EVENTS, 0): BEGIN, (EVENTS, 3): BEGIN, (TELEMETRY, 1): BEGIN}
     reader, curious = bench.reader(everywhere), bench.reader(everywhere, committed=False)
-    writer, member = bench.transactional(), bench.watched("g").member
+    writer, member = bench.transactional(), bench.member()
     writer.begin()
     for topic, partition in everywhere:
         writer.append(topic, partition, b"k", f"{topic}/{partition}".encode())
@@ -416,7 +423,7 @@ def test_a_transaction_shows_as_a_whole_when_it_is_committed(bench: Bench) -> No
 
 
 def test_an_aborted_transaction_never_shows_to_committed_readers(bench: Bench) -> None:
-    writer, member = bench.transactional(), bench.watched("g").member
+    writer, member = bench.transactional(), bench.member()
     writer.begin()
     writer.append(EVENTS, 0, None, b"undone")
     curious = bench.reader({(EVENTS, 0): BEGIN}, committed=False)
@@ -430,7 +437,7 @@ def test_an_aborted_transaction_never_shows_to_committed_readers(bench: Bench) -
 
 
 def test_records_of_an_open_transaction_hold_back_what_comes_after_them(bench: Bench) -> None:
-    writer, member = bench.transactional(), bench.watched("g").member
+    writer, member = bench.transactional(), bench.member()
     writer.begin()
     writer.append(EVENTS, 0, None, b"first")
     take(bench.reader({(EVENTS, 0): BEGIN}, committed=False), 1)
@@ -452,7 +459,7 @@ def test_an_uncommitted_reader_waits_for_nobody(bench: Bench) -> None:
 
 
 def test_acknowledgements_in_a_transaction_name_the_offsets(bench: Bench) -> None:
-    writer, member = bench.transactional(), bench.watched("g").member
+    writer, member = bench.transactional(), bench.member()
     acks: list[tuple[int, InfrastructureError | None]] = []
     for _ in range(2):
         writer.begin()
@@ -464,7 +471,7 @@ def test_acknowledgements_in_a_transaction_name_the_offsets(bench: Bench) -> Non
 
 
 def test_a_record_too_large_for_a_transaction_is_refused_by_itself(bench: Bench) -> None:
-    writer, member = bench.transactional(), bench.watched("g").member
+    writer, member = bench.transactional(), bench.member()
     writer.begin()
     writer.append(EVENTS, 0, None, b"a")
     with pytest.raises(ValueTooLarge):
@@ -475,7 +482,7 @@ def test_a_record_too_large_for_a_transaction_is_refused_by_itself(bench: Bench)
 
 
 def test_a_newer_producer_of_the_same_name_fences_the_older(bench: Bench) -> None:
-    older, member = bench.transactional("engine.0"), bench.watched("g").member
+    older, member = bench.transactional("engine.0"), bench.member()
     older.begin()
     older.append(EVENTS, 0, None, b"older")
     take(bench.reader({(EVENTS, 0): BEGIN}, committed=False), 1)
@@ -492,7 +499,7 @@ def test_a_newer_producer_of_the_same_name_fences_the_older(bench: Bench) -> Non
 
 
 def test_a_fenced_producer_stays_fenced(bench: Bench) -> None:
-    older, member = bench.transactional("engine.0"), bench.watched("g").member
+    older, member = bench.transactional("engine.0"), bench.member()
     bench.transactional("engine.0")
     for _ in range(2):
         with pytest.raises(Fenced):
@@ -521,7 +528,7 @@ def test_taking_over_ends_the_open_transaction_of_the_one_before(bench: Bench) -
 
 
 def test_producers_of_different_names_do_not_fence_each_other(bench: Bench) -> None:
-    one, two, member = bench.transactional("engine.0"), bench.transactional("engine.1"), bench.watched("g").member
+    one, two, member = bench.transactional("engine.0"), bench.transactional("engine.1"), bench.member()
     one.begin()
     two.begin()
     one.append(EVENTS, 0, None, b"one")

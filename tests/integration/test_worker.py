@@ -13,7 +13,7 @@ import pytest
 from perdure.schemas import codec, ids
 from perdure.schemas.errors import ConfigurationError
 from perdure.schemas.inbox import EndSession
-from perdure.worker import SUPERSEDED
+from perdure.worker import SUPERSEDED, Worker
 from tests.integration.worker_bench import Bench, alive, bench_in, until
 
 
@@ -38,7 +38,7 @@ def test_an_exception_is_a_failed_attempt(bench: Bench) -> None:
     bench.start()
     task = bench.submit("fail")
     failed = bench.await_event(task, "AttemptFailed")
-    assert (failed.error.type, failed.error.message) == ("LookupError", "no such thing")
+    assert (failed.error.type, failed.error.message) == ("builtins.LookupError", "no such thing")
     assert "worker_tasks.py" in failed.error.traceback
     bench.await_event(task, "TaskFailed")
 
@@ -280,16 +280,8 @@ def test_an_expired_session_is_followed_by_a_new_one(bench: Bench) -> None:
 
 def test_a_module_that_cannot_be_imported_is_named(bench: Bench, tmp_path: Path) -> None:
     (tmp_path / "broken.py").write_text("import no_such_module_anywhere\n")
-    from perdure.worker import Worker
-
-    worker = Worker(
-        bench.log,
-        bench.keys,
-        modules=[str(tmp_path / "broken.py")],
-        slots=1,
-        state_dir=tmp_path,
-        checkpoint_dir=tmp_path,
-    )
+    modules = [str(tmp_path / "broken.py")]
+    worker = Worker(bench.log, bench.keys, modules=modules, slots=1, state_dir=tmp_path, checkpoint_dir=tmp_path)
     with pytest.raises(ConfigurationError, match="no_such_module_anywhere"):
         worker.run()
 

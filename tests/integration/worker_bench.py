@@ -61,7 +61,7 @@ class RunningWorker:
     def _run(self) -> None:
         try:
             self.outcome.append(self.worker.run())
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - raised again by join
             self.outcome.append(error)
 
     def ended(self) -> bool:
@@ -93,6 +93,7 @@ class Bench:
         self._stopped = threading.Event()
         self._engine = threading.Thread(target=self._pump)
         self._engine.start()
+        self._decoded: dict[tuple[str, int, int], Any] = {}
         self.workers: list[RunningWorker] = []
 
     def _pump(self) -> None:
@@ -146,8 +147,13 @@ class Bench:
 
     def messages(self, topic: str, *kinds: str) -> list[Any]:
         """Every record of these kinds, decoded."""
-        found = [codec.decode(r.value) for r in self.log.records(topic) if r.value is not None]
-        return [m for m in found if not kinds or type(m).__name__ in kinds]
+        found = []
+        for record in self.log.records(topic):
+            place = (topic, record.partition, record.offset)
+            if record.value is not None and place not in self._decoded:
+                self._decoded[place] = codec.decode(record.value)
+            found.append(self._decoded.get(place))
+        return [m for m in found if m is not None and (not kinds or type(m).__name__ in kinds)]
 
     def events(self, task_id: str, *kinds: str) -> list[Any]:
         return [e for e in self.messages("task-events", *kinds) if getattr(e, "task_id", None) == task_id]

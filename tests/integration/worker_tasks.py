@@ -85,10 +85,10 @@ def fail(ctx: Context) -> None:
 @task(queue=QUEUE)
 def files(ctx: Context, folder: str, count: int) -> int:
     """A step per file; pausable between them."""
-    total = 0
+    ctx.state.setdefault("total", 0)
     for number in ctx.track(range(count)):
-        total += ctx.step("file", _file, folder, number)
-    return total
+        ctx.state["total"] += ctx.step("file", _file, folder, number)
+    return int(ctx.state["total"])
 
 
 def _file(folder: str, number: int) -> int:

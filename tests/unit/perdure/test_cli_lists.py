@@ -85,8 +85,8 @@ def test_the_token_goes_with_it(api: type[Api], monkeypatch: pytest.MonkeyPatch)
 
 def test_a_page_for_people_and_for_programs(api: type[Api]) -> None:
     task = {
-        "task_id": "etl/1", "type": "t", "state": "RUNNING", "progress": 0.25, "current_step": "a\x1b[2Jb", "attempt": 1,
-        "submitted_at": 1_800_000_000_000,
+        "task_id": "etl/1", "type": "t", "state": "RUNNING", "progress": 0.25, "current_step": "a\x1b[2Jb",
+        "attempt": 1, "submitted_at": 1_800_000_000_000,
     }  # fmt: skip
     api.body = json.dumps({"tasks": [task, task | {"task_id": "etl/2", "progress": None}], "next": "abc"}).encode()
     assert json.loads(run("list", "--json").stdout) == json.loads(api.body)

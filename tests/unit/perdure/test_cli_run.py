@@ -97,7 +97,8 @@ def test_server_prints_its_address(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_process_ends_with_the_one_that_owns_it(elsewhere: Path) -> None:
     """The owner is killed; its child, which asked the kernel for it, goes with it."""
-    child = "import os, time; from perdure.cli_run import _end_with_owner; _end_with_owner(); print(os.getpid(), flush=True); time.sleep(60)"
+    child = "import os, time; from perdure.cli_run import _end_with_owner as tie; tie(); "
+    child += "print(os.getpid(), flush=True); time.sleep(60)"
     owner = textwrap.dedent(
         f"""
         import os, subprocess, sys

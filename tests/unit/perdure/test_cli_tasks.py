@@ -250,7 +250,7 @@ def test_watch_prints_a_line_for_each_change_where_there_is_no_terminal(
         {"progress": 0.5, "current_step": "reading"},
         {"progress": 0.5, "current_step": "reading"},
     ]
-    bodies = [status("etl/1", **b) for b in (seen[0], *seen)] + [status("etl/1", state="COMPLETED", progress=1.0)]
+    bodies = [status("etl/1", **b) for b in [seen[0], *seen]] + [status("etl/1", state="COMPLETED", progress=1.0)]
     flags: list[str]
     for flags in ([], ["--json"]):
         answers = iter(bodies)

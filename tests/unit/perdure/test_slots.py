@@ -130,7 +130,6 @@ def bench() -> Iterator[Bench]:
     made = Bench()
     yield made
     made.slots.close()
-    made.server.stop()
     made.events.close()
 
 
@@ -400,7 +399,6 @@ def test_a_few_children_are_kept_ready_up_to_the_slots() -> None:
     assert len(bench.children()) == SPARE + 2
     assert len(bench.slots.running()) == SPARE + 2
     bench.slots.close()
-    bench.server.stop()
     bench.events.close()
 
 

@@ -99,9 +99,10 @@ def test_what_is_no_task_function_is_refused() -> None:
 
     def only_keywords(*, ctx: Any) -> None: ...
 
+    register: Any = task(registry=Registry(), name="x")
     for bad in (no_ctx, only_keywords, 7):
         with pytest.raises(InvalidRequest):
-            task(registry=Registry(), **({"name": "x"}))(bad)  # type: ignore[type-var]
+            register(bad)
 
 
 def test_retry_given_as_object_mapping_or_nothing() -> None:
