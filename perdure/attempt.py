@@ -29,7 +29,7 @@ from perdure.schemas import codec, limits, values
 from perdure.schemas.common import CheckpointRef, StepRecord
 from perdure.schemas.errors import InfrastructureError, InvalidRequest, PerdureError, StepError, StepMismatch
 from perdure.schemas.inbox import RunAttempt, StepPage
-from perdure.steps import OpenStep, RecordedSteps, differences, hash_arguments, name_of
+from perdure.steps import OpenStep, RecordedSteps, differences, hash_arguments, name_of, unwrapped
 from perdure.tasks import TaskType
 from perdure.tracks import Sections
 
@@ -224,6 +224,7 @@ class Attempt:
             base, step_id = scope.step(name, key, self.sections.number())
         except StepError as error:
             return self._refused(self._final(error))
+        fn, args, kwargs = unwrapped(fn, args, kwargs)
         step = OpenStep(scope, base, step_id, name, name_of(fn), hash_arguments(args, kwargs), at_most_once)
         return self._step(step, Call(fn, args, kwargs))
 

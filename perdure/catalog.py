@@ -15,7 +15,7 @@ from typing import Any
 from perdure.schemas import codec, ids, json_commands, limits, topics
 from perdure.schemas.errors import DecodeError, Unreachable
 from perdure.schemas.public import ConfigRecord
-from perdure.streams.log import BEGIN, Log, Record
+from perdure.streams.log import Log, Record
 
 _FRESH_S = 1.0
 _READ_S = 5.0
@@ -93,10 +93,11 @@ class Catalog:
 
     def _read(self, deadline: float) -> None:
         name = topics.CONFIG.name
+        first, end = self._reader.bounds(name, 0)
         if not self._assigned:
-            self._reader.assign({(name, 0): BEGIN})
+            # By number: a consumer that has to look BEGIN up waits half a second for it.
+            self._reader.assign({(name, 0): first})
             self._assigned = True
-        _, end = self._reader.bounds(name, 0)
         while not self._reader.caught_up(name, 0, end):
             if time.monotonic() > deadline:
                 raise Unreachable(f"the configuration could not be read within {_READ_S:g} s")

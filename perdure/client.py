@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 _ACK_S = 15.0
 _VERDICT_S = limits.VERDICT_MS / 1000
 _SHOWN_IDS = 5
+_CONSUMER = {"fetch.wait.max.ms": "50"}
+"""A new consumer's first fetch covers only the partitions that it knows by then; the others wait until it returns."""
 
 
 class Client:
@@ -223,7 +225,7 @@ class Client:
         bootstrap = settings.require_bootstrap()
         from perdure.streams.kafka_log import KafkaLog
 
-        return KafkaLog(bootstrap, settings.namespace, options=settings.kafka)
+        return KafkaLog(bootstrap, settings.namespace, options=_CONSUMER | settings.kafka)
 
 
 class _Connection:

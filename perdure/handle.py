@@ -24,7 +24,7 @@ from perdure.schemas.errors import CommandRefused, InfrastructureError, NotFound
 from perdure.schemas.inbox import CommandReply
 from perdure.schemas.public import LogLine
 from perdure.status import Status, parse_status
-from perdure.streams.log import BEGIN, Record
+from perdure.streams.log import Record
 
 if TYPE_CHECKING:
     from perdure.client import Client
@@ -199,7 +199,7 @@ class Handle:
         partition = ids.partition_of(ids.split(self.id)[0], log.partitions)
         reader = log.reader()
         try:
-            reader.assign({(topic, partition): BEGIN})
+            reader.assign({(topic, partition): reader.bounds(topic, partition)[0]})
             while True:
                 _, end = reader.bounds(topic, partition)
                 while not reader.caught_up(topic, partition, end):

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import heapq
 import itertools
+import logging
 import threading
 from collections import deque
 from collections.abc import Callable
@@ -48,6 +49,8 @@ BATCH_REPORTS = 500
 BATCH_BYTES = limits.COMMAND_MAX
 _FIXED = 64
 """Upper bound of what a record or field adds to the sizes of its parts."""
+
+LOG = logging.getLogger("perdure.worker")
 
 T = TypeVar("T")
 Said = channel.Started | channel.Step | channel.Milestone | channel.Checkpoint | channel.WantSteps
@@ -283,6 +286,7 @@ class Reporter:
                 self._acknowledged(outbox, items)
                 self._pump(outbox.session)
                 return
+            LOG.warning("reports to partition %s go again: %s", outbox.session.partition, error)
             with self._lock:
                 outbox.in_flight = False
                 outbox.failed = value, items

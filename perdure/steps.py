@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import sys
 from collections.abc import Callable
@@ -78,6 +79,16 @@ def differences(record: StepRecord, function: str, args_hash: str) -> list[str]:
     return found
 
 
+def unwrapped(
+    fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]:
+    """What a `functools.partial` stands for: the function and all arguments."""
+    inner: Any = fn
+    while isinstance(inner, functools.partial):
+        inner, args, kwargs = inner.func, inner.args + args, inner.keywords | kwargs
+    return inner, args, kwargs
+
+
 def hash_arguments(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
     """A hash over arguments; `UNHASHED` if they are no JSON."""
     try:
@@ -88,7 +99,6 @@ def hash_arguments(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
 
 
 def name_of(fn: Callable[..., Any]) -> str:
-    """Dotted name of what a step calls."""
-    inner = getattr(fn, "func", fn)  # functools.partial
-    named = inner if hasattr(inner, "__qualname__") else type(inner)
+    """Dotted name of what a step calls; of its class, if it has no name."""
+    named = fn if hasattr(fn, "__qualname__") else type(fn)
     return f"{named.__module__}.{named.__qualname__}"

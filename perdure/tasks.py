@@ -114,8 +114,8 @@ class TaskType:
         except TypeError as error:
             given = f"the fields {', '.join(kwargs) or '(none)'}" if isinstance(value, dict) else type(value).__name__
             raise InputMismatch(
-                f"the input ({given}) does not fit {self.place}{signature}: {error}; an object's fields are the arguments "
-                "behind the first, null gives none, any other value gives one", field="input",
+                f"the input ({given}) does not fit {self.place}{signature}: {error}; an object gives the arguments "
+                "behind the first by name, null gives none, any other value one", field="input",
             ) from error  # fmt: skip
         return args, kwargs
 

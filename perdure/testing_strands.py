@@ -23,6 +23,8 @@ START_MS = 1_800_000_000_000
 """Where virtual time begins: 15 January 2027, 08:00 UTC."""
 UNWIND_S = 2.0
 """Real time that user code gets to end after it was told so."""
+LAST_WAITS = 100
+"""How often async code may wait after it was told to end."""
 
 _here = threading.local()
 
@@ -152,14 +154,14 @@ class VirtualLoop(asyncio.SelectorEventLoop):
     def __init__(self, clock: VirtualClock, idle: Callable[[int | None], None]) -> None:
         self._clock, self._idle = clock, idle
         self._skipped = 0.0
-        self._giving_up = False
+        self._waits_left: int | None = None
         super().__init__(_Selector(self._wait))
 
     def time(self) -> float:
         """Seconds of virtual time."""
         return self._clock.monotonic_ms() / 1000 + self._skipped
 
-    def run_in_executor(self, executor: Any, func: Callable[..., Any], *args: Any) -> asyncio.Future[Any]:  # type: ignore[override]
+    def run_in_executor(self, _executor: Any, func: Callable[..., Any], *args: Any) -> asyncio.Future[Any]:  # type: ignore[override]
         """Call `func` now."""
         future = self.create_future()
         try:
@@ -169,16 +171,17 @@ class VirtualLoop(asyncio.SelectorEventLoop):
         return future
 
     def give_up(self) -> None:
-        """From here on no wait lasts: what still runs is to be cancelled, and that silently."""
-        self._giving_up = True
+        """From here on no wait lasts, and they are counted: what still runs is to be cancelled, and that silently."""
+        self._waits_left = LAST_WAITS
         self.set_exception_handler(lambda *_: None)
 
     def _wait(self, timeout: float | None) -> None:
-        if not self._giving_up:
+        if self._waits_left is None:
             self._idle(None if timeout is None else max(1, math.ceil(timeout * 1000 - 1e-3)))
-        elif timeout is None:
+        elif timeout is None or self._waits_left == 0:
             raise Dropped
         else:
+            self._waits_left -= 1
             self._skipped += timeout
 
 

@@ -99,7 +99,7 @@ METRICS = Topic(
     settings=_deleted_after(3),
 )  # fmt: skip
 CONFIG = Topic(
-    "config", "kind/name", ("CLI", "API", "workers"), ("engine hosts", "clients", "projections"),
+    "config", "kind/name", ("CLI", "API", "workers", "engine hosts"), ("engine hosts", "clients", "projections"),
     "Queues, types, limits, schedules, rules, schema fingerprints and the topology; the version is the offset.",
     partitioned=False,
     settings=_compacted(),

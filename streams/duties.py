@@ -8,15 +8,16 @@ from __future__ import annotations
 
 from perdure.schemas import codec, limits, topics
 from perdure.schemas.commands import ApplyConfig, Forwarded, ForwardedAck, Tick
+from perdure.schemas.errors import InfrastructureError
 from perdure.schemas.signing import Keys, signed
-from perdure.streams import tables
+from perdure.streams import tables, timers
 from perdure.streams.config_view import ConfigView
 from perdure.streams.decision import Acknowledge, Send
 from perdure.streams.engine import Engine
 from perdure.streams.log import Producer
 
 APPLIED_KINDS = frozenset({"queue", "type", "limit", "schedule", "rule", "notify"})
-_SPACING_MAX_MS = 1_000
+_PATIENCE_MS = 1_000
 
 
 class Duties:
@@ -28,9 +29,18 @@ class Duties:
         self._unacknowledged: dict[tuple[int, int], int] = {}
         self._offered: dict[str, int] = {}
         self._tick_sent = 0
-        self._tick_for: int | None = None
-        self._spacing = limits.TICK_SPACING_MS
+        self._tick_offset: int | None = -1
         self._find_unsent()
+        self._offer_deletions()
+
+    def _offer_deletions(self) -> None:
+        """What the state still has and `config` has no longer, not even as a tombstone, was deleted."""
+        latest = max((version for version, _ in self._config.names.values()), default=0)
+        for suffix, row in list(self._engine.state.scan(tables.CONFIG)):
+            name = suffix.decode()
+            if name not in self._config.names and row.content is not None:
+                record = ApplyConfig(name=name, version=max(latest, row.version + 1), content=None)
+                self._append(self._partition, signed(record, *self._keys.newest_engine()))
 
     def _find_unsent(self) -> None:
         for target in range(self._engine.state.partitions):
@@ -59,25 +69,33 @@ class Duties:
 
     def next_due(self, now: int) -> int:
         """Host time in ms at which `perform` has something to do; at most a second away."""
-        due = now + _SPACING_MAX_MS
+        due = now + _PATIENCE_MS
         wanted = self._engine.next_tick()
         if wanted is not None:
-            due = min(due, max(wanted, self._tick_sent + self._spacing))
+            due = min(due, max(wanted, self._next_tick_at(wanted, now)))
         if self._unacknowledged:
             due = min(due, min(self._unacknowledged.values()) + limits.FORWARD_RESEND_MS)
         return due
 
     def _tick(self, now: int) -> None:
         wanted = self._engine.next_tick()
-        if wanted is None or wanted > now:
-            self._spacing = limits.TICK_SPACING_MS
-            return
-        if now - self._tick_sent < self._spacing and now >= self._tick_sent:
-            return
-        # A tick that changed nothing (clocks that disagree, say) is repeated at growing intervals.
-        self._spacing = min(self._spacing * 2, _SPACING_MAX_MS) if wanted == self._tick_for else limits.TICK_SPACING_MS
-        self._tick_for, self._tick_sent = wanted, now
-        self._append(self._partition, codec.encode(Tick(due=wanted or now, host_clock=now)))
+        if wanted is not None and now >= max(wanted, self._next_tick_at(wanted, now)):
+            self._tick_sent, self._tick_offset = now, None
+            tick = codec.encode(Tick(due=wanted or now, host_clock=now))
+            self._producer.append(topics.COMMANDS.name, self._partition, None, tick, self._tick_appended)
+
+    def _tick_appended(self, offset: int, error: InfrastructureError | None) -> None:
+        if error is None:
+            self._tick_offset = offset
+
+    def _next_tick_at(self, wanted: int, now: int) -> int:
+        """When another tick makes sense: after the last one was executed; while clocks disagree, now and then."""
+        sent = self._tick_sent if self._tick_sent <= now else 0  # the host's clock may have been set back
+        position = self._engine.state.position
+        done = self._tick_offset is not None and position is not None and position.offset > self._tick_offset
+        if not done or timers.skewed(self._engine.state):
+            return sent + _PATIENCE_MS
+        return sent + (0 if wanted == timers.AT_ONCE else limits.TICK_SPACING_MS)
 
     def _offer_config(self) -> None:
         state = self._engine.state

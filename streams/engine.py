@@ -252,7 +252,7 @@ class Engine:
 
     def next_tick(self) -> int | None:
         """Log time at which a tick has something to do; None: never, as things stand."""
-        return 0 if self.state.grantable else timers.next_tick(self.state)
+        return timers.AT_ONCE if self.state.grantable else timers.next_tick(self.state)
 
 
 def _cause_of(error: Exception) -> tuple[str, str]:

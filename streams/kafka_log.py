@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from confluent_kafka import (
@@ -17,6 +17,7 @@ from confluent_kafka import (
     OFFSET_END,
     Consumer,
     ConsumerGroupTopicPartitions,
+    IsolationLevel,
     KafkaError,
     KafkaException,
     Message,
@@ -24,7 +25,7 @@ from confluent_kafka import (
     TopicCollection,
     TopicPartition,
 )
-from confluent_kafka.admin import AdminClient
+from confluent_kafka.admin import AdminClient, OffsetSpec  # type: ignore[attr-defined]
 
 from perdure.schemas import limits
 from perdure.schemas.errors import Fenced, InfrastructureError, Unreachable, ValueTooLarge
@@ -76,6 +77,8 @@ class KafkaLog:
         self, bootstrap: str, prefix: str = "perdure.", *, options: Mapping[str, Any] | None = None, partitions: int | None = None
     ) -> None:
         self.bootstrap, self.prefix = bootstrap, prefix
+        self._lock = threading.Lock()
+        self._admin: AdminClient | None = None
         self._options: dict[str, Any] = {**_COMMON, "bootstrap.servers": bootstrap, **(options or {})}
         self._partitions = partitions if partitions is not None else topology.pinned_partitions(self)
 
@@ -114,8 +117,26 @@ class KafkaLog:
             raise Unreachable(f"no description of topic {name} from {self.bootstrap}: {error}") from error
 
     def admin(self) -> AdminClient:
-        """A client for topics and cluster; hold it until its futures are resolved."""
-        return AdminClient({k: v for k, v in self._options.items() if k != "enable.metrics.push"})
+        """The log's client for topics, offsets and cluster; thread-safe."""
+        with self._lock:
+            if self._admin is None:
+                self._admin = AdminClient({k: v for k, v in self._options.items() if k != "enable.metrics.push"})
+            return self._admin
+
+    def offsets(self, topic: str, partition: int) -> tuple[int, int]:
+        """(first offset kept, offset after the last record appended, uncommitted ones included)."""
+        where = TopicPartition(self.prefix + topic, partition)
+
+        def ask(spec: OffsetSpec) -> int:
+            asked = self.admin().list_offsets(
+                {where: spec}, isolation_level=IsolationLevel.READ_UNCOMMITTED, request_timeout=_CALL_S
+            )
+            return int(asked[where].result(_CALL_S).offset)
+
+        what = f"no offsets of {where.topic}/{partition} from {self.bootstrap}"
+        first = _patiently(lambda: ask(OffsetSpec.earliest()), what)  # type: ignore[no-untyped-call]
+        end = _patiently(lambda: ask(OffsetSpec.latest()), what)  # type: ignore[no-untyped-call]
+        return first, end
 
     def config(self, *parts: Mapping[str, Any]) -> dict[str, Any]:
         """Settings of one client: the parts, with the user's own on top."""
@@ -265,6 +286,12 @@ class KafkaTransactional:
     def append(self, topic: str, partition: int, key: bytes | None, value: bytes | None, on_ack: OnAck | None = None) -> None:
         _hand_over(self._producer, self._log.prefix + topic, partition, key, value, on_ack)
 
+    def append_all(self, topic: str, partition: int, records: Sequence[tuple[bytes | None, bytes | None]]) -> None:
+        messages: list[dict[str, Any]] = [{"key": k, "value": v} for k, v in records]
+        if self._producer.produce_batch(self._log.prefix + topic, messages, partition) != len(messages):
+            first = next(m["_error"] for m in messages if "_error" in m)
+            raise TransactionAborted(f"not all of {len(messages)} records for {topic} could be handed over: {first}")
+
     def commit(self, member: Any, offsets: Mapping[Where, int]) -> None:
         positions = [TopicPartition(self._log.prefix + t, p, o) for (t, p), o in offsets.items()]
         self._call(
@@ -346,7 +373,6 @@ class KafkaReader(_Consuming):
         level = "read_committed" if committed else "read_uncommitted"
         own = {"group.id": f"{log.prefix}reader", "isolation.level": level, "error_cb": _quiet}
         self._consumer = Consumer(log.config(_CONSUMER, own))
-        self._watermarks: Consumer | None = None
 
     def assign(self, positions: Mapping[Where, int]) -> None:
         self._ends.clear()
@@ -356,26 +382,12 @@ class KafkaReader(_Consuming):
         )
 
     def bounds(self, topic: str, partition: int) -> tuple[int, int]:
-        # A read_committed consumer answers with the last stable offset; the end of the log needs one that is not.
-        if self._watermarks is None:
-            own = {"group.id": f"{self._log.prefix}reader", "isolation.level": "read_uncommitted", "error_cb": _quiet}
-            self._watermarks = Consumer(self._log.config(_CONSUMER, own))
-        where = TopicPartition(self._log.prefix + topic, partition)
-        consumer = self._watermarks
-        low, high = _patiently(
-            lambda: consumer.get_watermark_offsets(where, timeout=_CALL_S),
-            f"no offsets of {where.topic}/{partition} from {self._log.bootstrap}",
-        )
-        return int(low), int(high)
+        # A read_committed consumer would answer with the last stable offset.
+        return self._log.offsets(topic, partition)
 
     def caught_up(self, topic: str, partition: int, target: int) -> bool:
         where = (topic, partition)
         return max(self._ends.get(where, 0), self._nexts.get(where, 0)) >= target
-
-    def close(self) -> None:
-        super().close()
-        if self._watermarks is not None:
-            self._watermarks.close()
 
 
 class KafkaMember(_Consuming):
@@ -400,13 +412,12 @@ class KafkaMember(_Consuming):
         own: dict[str, Any] = {
             "group.id": self.group, "partition.assignment.strategy": "range", "session.timeout.ms": 10_000,
             "heartbeat.interval.ms": 1_000, "isolation.level": "read_committed" if committed else "read_uncommitted",
-            "max.poll.interval.ms": 300_000, "error_cb": _quiet,
+            "max.poll.interval.ms": 300_000, "error_cb": _quiet, "fetch.wait.max.ms": 100,
         }  # fmt: skip
         if instance is not None:
             own["group.instance.id"] = instance
         self._consumer = Consumer(log.config(_CONSUMER, own))
         self._on_assigned, self._on_revoked = on_assigned, on_revoked
-        self._admin = log.admin()
         self._asked: deque[Callable[[], Any]] = deque()
         self._metadata: Any = None
         self._owner = 0
@@ -432,7 +443,7 @@ class KafkaMember(_Consuming):
         asked = ConsumerGroupTopicPartitions(
             self.group, [TopicPartition(self._log.prefix + t, p) for t, p in wanted]
         )
-        answer = self._admin.list_consumer_group_offsets([asked], require_stable=True, request_timeout=_CALL_S)
+        answer = self._log.admin().list_consumer_group_offsets([asked], require_stable=True, request_timeout=_CALL_S)
         found = _patiently(lambda: answer[self.group].result(), f"no committed offsets of group {self.group}")
         return {
             (self._log.plain(f.topic), f.partition): f.offset if f.offset >= 0 else None

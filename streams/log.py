@@ -6,7 +6,7 @@ record's log-append time in ms. One conformance suite (tests/conformance/test_lo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -93,6 +93,9 @@ class Transactional(Protocol):
 
     def append(self, topic: str, partition: int, key: bytes | None, value: bytes | None, on_ack: OnAck | None = None) -> None:
         """Add a record to the open transaction."""
+
+    def append_all(self, topic: str, partition: int, records: Sequence[tuple[bytes | None, bytes | None]]) -> None:
+        """Add (key, value) records to the open transaction, in order."""
 
     def commit(self, member: Member, offsets: Mapping[TopicPartition, int]) -> None:
         """Commit records and input offsets as one. Blocks until it is known.

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import threading
 import uuid
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from perdure.schemas import limits, topics
@@ -180,6 +180,10 @@ class MemoryTransactional:
             self._log._open[self._name].append(entry)
         if on_ack is not None:
             on_ack(entry.record.offset, None)
+
+    def append_all(self, topic: str, partition: int, records: Sequence[tuple[bytes | None, bytes | None]]) -> None:
+        for key, value in records:
+            self.append(topic, partition, key, value)
 
     def commit(self, member: MemoryMember, offsets: Mapping[TopicPartition, int]) -> None:
         with self._log._changed:

@@ -71,14 +71,30 @@ class Transaction:
         self._store, self._reader = store, reader
         self.dirty: dict[bytes, bytes | None] = {}
         self.out: list[Out] = []
+        self._fresh: dict[bytes, bytes | None] = {}
+        self._mark = 0
 
     def get(self, key: bytes) -> bytes | None:
         """The row of a key, or None."""
-        return self.dirty[key] if key in self.dirty else self._store.get(key)
+        for rows in (self._fresh, self.dirty):
+            if key in rows:
+                return rows[key]
+        return self._store.get(key)
 
     def put(self, key: bytes, value: bytes | None) -> None:
         """Set or (None) delete a row; it goes to the changelog topic under the same key."""
-        self.dirty[key] = value
+        self._fresh[key] = value
+
+    def keep(self) -> None:
+        """The record at hand is done."""
+        self.dirty |= self._fresh
+        self._fresh = {}
+        self._mark = len(self.out)
+
+    def drop(self) -> None:
+        """Nothing of the record at hand stays."""
+        self._fresh = {}
+        del self.out[self._mark :]
 
     def emit(self, topic: str, key: bytes | None, value: bytes | None) -> None:
         """Write a record to the record's own partition of another topic."""
@@ -110,21 +126,22 @@ class Table:
         self._positions = self._stored()
 
     def execute(self, record: Record) -> None:
-        before, out = dict(self._tx.dirty), len(self._tx.out)
         try:
             self.handle(record, self._tx)
         except Exception as error:  # a defect of a fold must not stop the others
-            self._tx.dirty = before
-            del self._tx.out[out:]
+            self._tx.drop()
             self._tx.quarantine(record, "defect", f"{type(error).__name__}: {error}")
+        self._tx.keep()
         self._positions[record.topic] = record.offset + 1
 
     def set_aside_unread(self, record: Record, detail: str) -> None:
         self._tx.quarantine(record, "killer", detail)
+        self._tx.keep()
         self._positions[record.topic] = record.offset + 1
 
     def take_out(self) -> list[Out]:
         out, self._tx.out = self._tx.out, []
+        self._tx.keep()
         return out
 
     def writes(self) -> dict[bytes, bytes | None]:

@@ -11,16 +11,24 @@ transaction drops the overlay and executes the same records again.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from perdure.schemas.errors import ConfigurationError, LogTruncated
 from perdure.streams.crash_marks import CrashMarks
 from perdure.streams.log import Log, Member, OutcomeUnknown, Reader, Record, Transactional, TransactionAborted
-from perdure.streams.processor import Kind, changelog_rows
+from perdure.streams.processor import Kind, Out, changelog_rows
 from perdure.streams.store import META, Store
 
 CHANGELOG_POSITION = META + b"changelog"
 RESTORE_BATCH = 2_000
+
+
+def by_topic(out: Iterable[Out]) -> dict[str, list[tuple[bytes | None, bytes | None]]]:
+    """Records by topic; within a topic they keep their order."""
+    groups: dict[str, list[tuple[bytes | None, bytes | None]]] = {}
+    for o in out:
+        groups.setdefault(o.topic, []).append((o.key, o.value))
+    return groups
 
 
 class Shard:
@@ -136,11 +144,11 @@ class Shard:
         producer = self._producer
         producer.begin()
         try:
-            for o in out:
-                producer.append(o.topic, self.partition, o.key, o.value)
-            if self.kind.changelog is not None:
-                for key, value in changelog_rows(writes).items():
-                    producer.append(self.kind.changelog, self.partition, key, value, self._noted)
+            for topic, group in by_topic(out).items():
+                producer.append_all(topic, self.partition, group)
+            if self.kind.changelog is not None and (rows := list(changelog_rows(writes).items())):
+                producer.append_all(self.kind.changelog, self.partition, rows[:-1])
+                producer.append(self.kind.changelog, self.partition, *rows[-1], self._noted)
             # 3
             positions = self.processor.positions()
             producer.commit(self._member, {(t, self.partition): positions[t] for t in {r.topic for r in records}})

@@ -18,7 +18,9 @@ from perdure.streams.store import Store
 
 Key = tuple[bytes, bytes]
 R = TypeVar("R")
-CACHE_ROWS = 100_000
+CACHE_ROWS = 20_000
+CACHE_ROW_BYTES = 4_096
+"""Bigger rows (inputs, results, outbox) are read again when they are needed."""
 
 
 class State:
@@ -31,6 +33,7 @@ class State:
         self._dirty: dict[bytes, dict[bytes, Any]] = {}
         self._clean: dict[Key, Any] = {}
         self._undo: list[tuple[bytes, bytes, Any, bool]] = []
+        self._encoded: dict[bytes, bytes | None] = {}
         self._load()
 
     def _load(self) -> None:
@@ -56,10 +59,16 @@ class State:
             return self._clean[key]
         data = self._store.get(scope + suffix)
         row = None if data is None else codec.decode(data)
+        self._remember(key, row, data)
+        return row
+
+    def _remember(self, key: Key, row: Any, data: bytes | None) -> None:
+        if data is not None and len(data) > CACHE_ROW_BYTES:
+            self._clean.pop(key, None)
+            return
         if len(self._clean) >= CACHE_ROWS:
             self._clean.clear()
         self._clean[key] = row
-        return row
 
     def scan(self, scope: bytes, start: bytes = b"", prefix: bytes = b"") -> Iterator[tuple[bytes, Any]]:
         """(suffix, row) of a scope in order, from `start` on, as it is now; `prefix` narrows the suffixes."""
@@ -235,21 +244,20 @@ class State:
 
     def writes(self) -> dict[bytes, bytes | None]:
         """Every change since the last commit, encoded."""
-        return {
+        self._encoded = {
             scope + suffix: None if row is None else codec.encode(row)
             for scope, rows in self._dirty.items()
             for suffix, row in rows.items()
         }
+        return dict(self._encoded)
 
     def committed(self) -> None:
         """The store has the changes now."""
         for scope, rows in self._dirty.items():
             for suffix, row in rows.items():
-                self._clean[scope, suffix] = row
+                self._remember((scope, suffix), row, self._encoded.get(scope + suffix))
         self._dirty.clear()
         self._undo.clear()
-        if len(self._clean) > CACHE_ROWS:
-            self._clean.clear()
 
     def rolled_back(self) -> None:
         """The transaction was aborted: back to what the store has."""

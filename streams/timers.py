@@ -19,6 +19,8 @@ from perdure.streams.task_lifecycle import ENDED
 
 SKEW = b"skew"
 BINDING = b"binding/"
+AT_ONCE = 0
+"""A tick is wanted now: there is unfinished work."""
 _KEYS = limits.DECISION_KEYS * 9 // 10
 
 
@@ -153,10 +155,15 @@ _KINDS: dict[str, Callable[[State, Moment, str], Outputs]] = {
 }
 
 
+def skewed(s: State) -> bool:
+    """Whether the last tick found that log and host disagree about the time."""
+    return s.get(tables.MARKS, SKEW) is not None
+
+
 def next_tick(s: State) -> int | None:
     """Log time at which the next tick has something to do; None: never, as things stand."""
     if s.clock.unconfirmed or s.clock.shift or any(k != SKEW for k, _ in s.scan(tables.MARKS)):
-        return 0
+        return AT_ONCE
     looks = [s.next_timer, *(leases.next_look(w) for w in s.sessions.values())]
     firsts = [at for at in looks if at is not None]
     return min(firsts) - s.clock.offset if firsts else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -47,7 +48,7 @@ def test_types_are_published_once_and_known_by_their_version(bench: Bench) -> No
     first = bench.start(name="w")
     published = {r.key: r.offset for r in bench.log.records("config")}
     assert b"type/add" in published
-    assert sum(key.startswith(b"schema/") for key in published) == len(codec.published_schemas())
+    assert sum(b"schema/" in (key or b"") for key in published) == len(codec.published_schemas())
     first.stop()
     bench.start(name="w")
     assert {r.key: r.offset for r in bench.log.records("config")} == published, "nothing new is said again"
@@ -86,7 +87,7 @@ def test_a_task_that_leaves_a_thread_behind_says_nothing_under_another(bench: Be
         bench.await_event(task, "TaskCompleted")
     until("the lines", lambda: all(bench.lines(task) for task in tasks))
     for n, task in enumerate(tasks):
-        assert {line.text.split()[0] for line in bench.lines(task)} == {str(n)}
+        assert {digit for line in bench.lines(task) for digit in re.findall(r"\d", line.text)} == {str(n)}
 
 
 def test_a_flood_of_lines_is_capped_and_counted(bench: Bench) -> None:

@@ -115,7 +115,11 @@ class Bench:
 
     def start(self, **options: Any) -> RunningWorker:
         """A worker with the test tasks; returns when its sessions have begun."""
-        settings = {"slots": 2, "state_dir": self.folder / "state", "checkpoint_dir": self.folder / "checkpoints"}
+        settings: dict[str, Any] = {
+            "slots": 2,
+            "state_dir": self.folder / "state",
+            "checkpoint_dir": self.folder / "checkpoints",
+        }
         before = len(self.messages("task-commands", "WorkerStarted"))
         worker = RunningWorker(Worker(self.log, self.keys, modules=[TASKS], **(settings | options)))
         self.workers.append(worker)

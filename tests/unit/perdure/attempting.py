@@ -12,7 +12,7 @@ from perdure import channel
 from perdure.attempt import Attempt
 from perdure.connectors.checkpoints import CheckpointStore, MemoryCheckpoints
 from perdure.schemas import codec
-from perdure.schemas.common import CheckpointRef, Policy, Retry, StepRecord
+from perdure.schemas.common import CheckpointRef, Policy, StepRecord
 from perdure.schemas.inbox import RunAttempt, StepPage
 from perdure.tasks import Registry, TaskType, task
 
@@ -48,6 +48,7 @@ class Way:
         self.sent: list[channel.Frame] = []
         self.coming: deque[channel.ToChild] = deque()
         self.dead = False
+        self.loop: asyncio.AbstractEventLoop | None = None
         self.on_send: Callable[[channel.Frame], None] = lambda frame: None
 
     def send(self, frame: channel.Frame) -> None:
@@ -56,8 +57,8 @@ class Way:
         self.on_send(frame)
         self.sent.append(frame)
         self.coming.extend(self.engine.take(frame))
-        if self.attempt is not None and self.attempt._type.is_async:
-            asyncio.get_running_loop().call_soon(self.poll)
+        if self.loop is not None:
+            self.loop.call_soon_threadsafe(self.poll)
 
     def poll(self) -> None:
         assert self.attempt is not None
@@ -114,7 +115,7 @@ class Engine:
         attempt, way = self.attempt(value)
         prepare(way)
         if self.type.is_async:
-            asyncio.run(attempt.run_async())
+            asyncio.run(run_async(attempt, way))
         else:
             attempt.run()
         return way
@@ -164,6 +165,12 @@ class Engine:
         return channel.Page(TASK, self.epoch, codec.encode(page))
 
 
+async def run_async(attempt: Attempt, way: Way) -> None:
+    """Run an async attempt on the present loop."""
+    way.loop = asyncio.get_running_loop()
+    await attempt.run_async()
+
+
 def type_of(function: Callable[..., Any], **options: Any) -> TaskType:
     """The function as a registered type."""
     registry = Registry()
@@ -178,4 +185,31 @@ def engine_for(function: Callable[..., Any], *, page_size: int = 500, **options:
     return Engine(type_of(function, **options), page_size=page_size)
 
 
-__all__ = ["TASK", "Clock", "Engine", "Killed", "Policy", "Retry", "Way", "engine_for", "type_of"]
+def once(value: Any = None) -> Any:
+    """What steps call when it does not matter."""
+    return value
+
+
+class Calls(list[Any]):
+    """What steps call when it matters how often: it notes its argument and returns it."""
+
+    def __call__(self, value: Any) -> Any:
+        self.append(value)
+        return value
+
+
+def result_of(way: Way) -> Any:
+    """What the task returned."""
+    assert isinstance(way.last, channel.Completed), way.last
+    return json.loads(way.last.result)
+
+
+def failure_of(way: Way) -> channel.Failed:
+    """How the attempt failed."""
+    assert isinstance(way.last, channel.Failed), way.last
+    return way.last
+
+
+def stop(way: Way, why: str, *, undo: bool = False) -> None:
+    """Tell the attempt to stop, or not to after all; it hears it when it next listens."""
+    way.coming.append(channel.Stop(TASK, way.engine.epoch, why, undo=undo))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import sys
 from collections.abc import AsyncIterator
 from typing import Any
@@ -13,17 +12,12 @@ import pytest
 from perdure import channel
 from perdure.context import Context
 from perdure.schemas.errors import DuplicateStep
-from tests.unit.perdure.attempting import TASK, Way, engine_for
+from tests.unit.perdure.attempting import TASK, Way, engine_for, result_of, run_async
 
 
 async def once(value: Any = None) -> Any:
     await asyncio.sleep(0)
     return value
-
-
-def result_of(way: Way) -> Any:
-    assert isinstance(way.last, channel.Completed), way.last
-    return json.loads(way.last.result)
 
 
 def test_steps_tracks_checkpoints_and_state() -> None:
@@ -37,7 +31,8 @@ def test_steps_tracks_checkpoints_and_state() -> None:
         first = await ctx.step("async", once, 1)
         second = await ctx.step("plain", lambda: 2)
         ctx.state.setdefault("sum", first + second)
-        async for i in ctx.track(later(n) if n % 2 else range(n)):
+        items: Any = later(n) if n % 2 else range(n)
+        async for i in ctx.track(items):
             done.append(i)
             ctx.state["sum"] += await ctx.step("s", once, i)
             engine.clock.now += 1_000
@@ -144,7 +139,7 @@ def test_stops_at_an_item(why: str) -> None:
 
     engine = engine_for(job)
     attempt, way = engine.attempt()
-    asyncio.run(attempt.run_async())
+    asyncio.run(run_async(attempt, way))
     assert way.last.why == why
     assert len(way.of(channel.Checkpoint)) == (why != "cancelled")
     assert cleaned == ["async", "plain"]
@@ -162,7 +157,7 @@ def test_a_stop_inside_a_task_group_is_a_stop() -> None:
             group.create_task(section(ctx, "b"))
 
     attempt, way = engine_for(job).attempt()
-    asyncio.run(attempt.run_async())
+    asyncio.run(run_async(attempt, way))
     assert isinstance(way.last, channel.Stopped), way.last
 
 
@@ -173,8 +168,8 @@ def test_cancelling_the_asyncio_task_of_a_stopped_attempt_stops_it() -> None:
     for told in (True, False):
         attempt, way = engine_for(job).attempt()
 
-        async def scene(attempt: Any = attempt, told: bool = told) -> None:
-            running = asyncio.create_task(attempt.run_async())
+        async def scene(attempt: Any = attempt, way: Way = way, told: bool = told) -> None:
+            running = asyncio.create_task(run_async(attempt, way))
             await asyncio.sleep(0.01)
             if told:
                 attempt.receive(channel.Stop(TASK, 1, "timed_out"))

@@ -163,13 +163,13 @@ BEGUN = [("submit", TASKS[0]), ("start", TASKS[0])]
 
 
 def told(world: World) -> tuple[dict[str, TaskProgress], dict[str, DeadLetter]]:
-    """What the two projections make of the log, which is read topic by topic: the order that is hardest on them."""
+    """What the two projections make of the log."""
     progress, letters = FakeTransaction(), FakeTransaction()
-    for topic in (topics.EVENTS.name, topics.TELEMETRY.name):
-        for record in world.log.records(topic):
-            ProgressProcessor().handle(record, progress)
-            if topic == topics.EVENTS.name:
-                DeadLetterProcessor().handle(record, letters)
+    records = [r for topic in (topics.EVENTS.name, topics.TELEMETRY.name) for r in world.log.records(topic)]
+    for record in sorted(records, key=lambda r: fact(r.value).cause.offset):
+        ProgressProcessor().handle(record, progress)
+        if record.topic == topics.EVENTS.name:
+            DeadLetterProcessor().handle(record, letters)
     assert progress.quarantined == letters.quarantined == []
     open_letters: dict[str, DeadLetter] = {}
     for _, key, value in letters.emitted:
