@@ -96,8 +96,7 @@ class Attempt:
 
     def interrupt(self) -> AttemptStop | None:
         """What a signal handler is to raise in the task's own thread; None: no user code of a stopped attempt runs."""
-        if not self.exchange.reading:
-            self.exchange.poll()
+        self.exchange.poll_interrupting()
         return AttemptStop(self._stop) if self._running and self._stop in HARD else None
 
     # The run ----------------------------------------------------------------------------------------------------------

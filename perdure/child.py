@@ -15,7 +15,8 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import partial
 from pathlib import Path
@@ -46,7 +47,6 @@ from perdure.channel import (
 from perdure.clock import MachineClock
 from perdure.connectors.checkpoints import LocalCheckpoints
 from perdure.exchange import Channel
-from perdure.failures import AttemptStop
 from perdure.loading import load
 from perdure.schemas import codec, limits
 from perdure.schemas.errors import InfrastructureError
@@ -149,18 +149,22 @@ class Wire:
             die()
 
     def ready(self) -> bool:
-        """Whether `receive` would not block."""
+        """Whether `read` would not block."""
         return bool(self._poller.poll(0))
 
-    def receive(self) -> tuple[list[ToChild], list[int]]:
-        """The next frames, and descriptors that came with them. Blocks."""
+    def read(self) -> tuple[bytes, list[int]]:
+        """Bytes for `frames`, and descriptors that came with them. Blocks."""
         try:
             data, descriptors, _, _ = socket.recv_fds(self._socket, READ_BYTES, 2, socket.MSG_CMSG_CLOEXEC)
         except OSError:
-            data, descriptors = b"", []
+            die()
         if not data:
             die()
-        return cast("list[ToChild]", list(self._unpacker.feed(data))), descriptors
+        return data, descriptors
+
+    def frames(self, data: bytes) -> list[ToChild]:
+        """The frames that `data` completes."""
+        return cast("list[ToChild]", list(self._unpacker.feed(data)))
 
 
 class ProcessChild:
@@ -172,8 +176,8 @@ class ProcessChild:
         self._descriptors = Descriptors()
         self._attempt: Attempt | None = None
         self._lines: Lines | None = None
-        self._sending = False
-        self._postponed: AttemptStop | None = None
+        self._undivided = False
+        self._signalled = False
 
     def serve(self) -> None:
         """Run attempts until told to exit, or until this process is not fit for another."""
@@ -187,7 +191,8 @@ class ProcessChild:
         """Wait for an attempt and run it. Whether this process may run another."""
         outputs: list[int] = []
         while True:
-            frames, descriptors = self._wire.receive()
+            data, descriptors = self._wire.read()
+            frames = self._wire.frames(data)
             outputs += descriptors
             for place, frame in enumerate(frames):
                 if isinstance(frame, Exit):
@@ -211,16 +216,9 @@ class ProcessChild:
         return threading.active_count() > 1 + self._wire.relay.is_alive()
 
     def send(self, frame: Frame) -> None:
-        """See `Channel`. A stop that a signal brings meanwhile is raised when the frame is whole."""
-        if threading.current_thread() is not threading.main_thread():
+        """See `Channel`."""
+        with self._whole():
             self._wire.send(frame)
-            return
-        self._sending = True
-        self._wire.send(frame)
-        self._sending = False
-        if self._postponed is not None:
-            stop, self._postponed = self._postponed, None
-            raise stop
 
     def poll(self) -> None:
         """See `Channel`."""
@@ -229,20 +227,35 @@ class ProcessChild:
 
     def wait(self) -> None:
         """See `Channel`."""
-        for frame in self._wire.receive()[0]:
-            if self._attempt is not None:
-                self._attempt.receive(frame)
+        data, _ = self._wire.read()
+        with self._whole():
+            for frame in self._wire.frames(data):
+                if self._attempt is not None:
+                    self._attempt.receive(frame)
+
+    @contextmanager
+    def _whole(self) -> Iterator[None]:
+        """What a signal must not break off: it is answered at the end."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        self._undivided = True
+        yield
+        self._undivided = False
+        if self._signalled:
+            self._signalled = False
+            self._terminated(signal.SIGTERM, None)
 
     def _terminated(self, _signum: int, _frame: FrameType | None) -> None:
         """SIGTERM: the grace of a stop is over, so user code is interrupted where it stands."""
+        if self._undivided:
+            self._signalled = True
+            return
         stop = self._attempt.interrupt() if self._attempt is not None else None
-        if stop is None:
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            os.kill(os.getpid(), signal.SIGTERM)
-        elif self._sending:
-            self._postponed = stop
-        else:
+        if stop is not None:
             raise stop
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGTERM)
 
 
 class AsyncChannel:
@@ -285,7 +298,7 @@ class AsyncChild:
         os._exit(0)
 
     def _read(self) -> None:
-        for frame in self._wire.receive()[0]:
+        for frame in self._wire.frames(self._wire.read()[0]):
             if isinstance(frame, Exit):
                 self._exit.set()
             elif isinstance(frame, Run):

@@ -57,7 +57,7 @@ class Exchange:
         self._over = False
         self._order = threading.Lock()
         self._changed = threading.Condition()
-        self._reading = False
+        self._reader = 0
         self._futures: list[asyncio.Future[None]] = []
 
     def post(self, kind: Callable[..., Frame], **fields: Any) -> int:
@@ -97,15 +97,15 @@ class Exchange:
     def poll(self) -> None:
         """Take in what has arrived, unless another thread is reading anyway. Does not block."""
         with self._changed:
-            if self._reading:
+            if self._reader:
                 return
-            self._reading = True
+            self._reader = threading.get_ident()
         self._read(self._channel.poll)
 
-    @property
-    def reading(self) -> bool:
-        """Whether a thread is taking in what arrives."""
-        return self._reading
+    def poll_interrupting(self) -> None:
+        """`poll` for a signal handler: it may have interrupted this thread's own wait, which must not go on then."""
+        if self._reader in (0, threading.get_ident()):
+            self._channel.poll()
 
     def drive(self, flow: Flow[T]) -> T:
         """Carry a flow through, blocking. Raises what the flow raises."""
@@ -143,11 +143,11 @@ class Exchange:
     def _until(self, ready: Condition) -> Any:
         while not ready():
             with self._changed:
-                while self._reading and not ready():
+                while self._reader and not ready():
                     self._changed.wait()
                 if ready():
                     return
-                self._reading = True
+                self._reader = threading.get_ident()
             self._read(self._channel.wait)
 
     def _read(self, read: Callable[[], None]) -> None:
@@ -155,7 +155,7 @@ class Exchange:
             read()
         finally:
             with self._changed:
-                self._reading = False
+                self._reader = 0
                 self._changed.notify_all()
 
     async def _arrived(self, ready: Condition) -> None:

@@ -8,7 +8,7 @@ import selectors
 import textwrap
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -87,6 +87,7 @@ class Supervisor:
         (hello,) = frames
         assert isinstance(hello, channel.Hello)
         assert (hello.child, hello.code_version) == (child.name, self.loaded.code_version)
+        child.pid = hello.pid
         return child
 
     def close(self) -> None:
@@ -142,12 +143,16 @@ class Supervisor:
         return ran.exited
 
     def _hear(self, child: Child, epoch: int, ran: Ran, on_frame: Answer) -> bool:
-        frames = child.connection.receive()
+        try:
+            frames = child.connection.receive()
+        except ConnectionResetError:  # it ended without reading all it was sent
+            frames = None
         for frame in frames or ():
             ran.frames.append(frame)
             ran.idle = ran.idle or isinstance(frame, channel.Idle)
             if hasattr(frame, "number") and not isinstance(frame, LAST):
-                child.connection.send(channel.Ack("q/t", epoch, frame.number))
+                with suppress(BrokenPipeError):
+                    child.connection.send(channel.Ack("q/t", epoch, frame.number))
             on_frame(frame)
         return frames is not None
 
