@@ -1,7 +1,7 @@
 """Perdure: durable long-running tasks on Kafka.
 
 Layout: `task`, `Retry`, `Context` for authors of tasks; `Client`, `LongRunningTask`, `TaskQueue` for those who submit them;
-`errors` for both. Names are imported when they are first used, so that `import perdure` costs nothing.
+`errors` for both. Names are imported when they are first used: `import perdure` alone costs nothing.
 """
 
 from __future__ import annotations

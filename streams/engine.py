@@ -69,7 +69,7 @@ class Engine:
         try:
             work()
             return True
-        except Exception as error:  # whatever a record brings about, the next ones are executed
+        except Exception as error:  # noqa: BLE001 - whatever a record brings about, the next ones are executed
             s.undo()
             del self._out[kept_out:], self._after[kept_after:]
             s.mark()
@@ -129,7 +129,11 @@ class Engine:
         message = codec.decode(data)
         if isinstance(message, _SIGNED_BY_WORKER):
             holds = authentic(data, message, self._keys.worker)
-            tokens = [self._token_holds(message.session, e) for e in message.entries] if isinstance(message, ReportBatch) else ()
+            tokens = (
+                [self._token_holds(message.session, e) for e in message.entries]
+                if isinstance(message, ReportBatch)
+                else ()
+            )
             return Input(message, holds, tokens)
         if isinstance(message, _SIGNED_BY_ENGINE):
             return Input(message, authentic(data, message, self._keys.engine))
@@ -267,5 +271,3 @@ def _cause_of(error: Exception) -> tuple[str, str]:
             return "too_large", str(error)
         case _:
             return "defect", "".join(traceback.format_exception(error))
-
-

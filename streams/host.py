@@ -127,4 +127,3 @@ class EngineHost:
                     self._runner.wake()
         except BaseException as error:  # noqa: BLE001 - an engine that no longer hears of configuration must not go on
             self._runner.fail(error)
-

@@ -74,7 +74,12 @@ class KafkaLog:
     """
 
     def __init__(
-        self, bootstrap: str, prefix: str = "perdure.", *, options: Mapping[str, Any] | None = None, partitions: int | None = None
+        self,
+        bootstrap: str,
+        prefix: str = "perdure.",
+        *,
+        options: Mapping[str, Any] | None = None,
+        partitions: int | None = None,
     ) -> None:
         self.bootstrap, self.prefix = bootstrap, prefix
         self._lock = threading.Lock()
@@ -157,7 +162,9 @@ def _quiet(_: KafkaError) -> None:
 def _record(log: KafkaLog, message: Message) -> Record:
     _, at = message.timestamp()
     topic, partition, offset = message.topic(), message.partition(), message.offset()
-    assert topic is not None and partition is not None and offset is not None, "a consumed message has a place"
+    assert topic is not None, "a consumed message has a place"
+    assert partition is not None, "a consumed message has a place"
+    assert offset is not None, "a consumed message has a place"
     return Record(log.plain(topic), partition, offset, at, message.key(), message.value())
 
 
@@ -193,7 +200,11 @@ def _sorted(error: KafkaException, doing: str) -> InfrastructureError:
     """A Kafka error as one of ours."""
     cause: KafkaError = error.args[0]
     text = f"{doing}: {cause.str()} ({cause.name()})"
-    if cause.fatal() or cause.code() in (KafkaError._FENCED, KafkaError.PRODUCER_FENCED, KafkaError.INVALID_PRODUCER_EPOCH):
+    if cause.fatal() or cause.code() in (
+        KafkaError._FENCED,
+        KafkaError.PRODUCER_FENCED,
+        KafkaError.INVALID_PRODUCER_EPOCH,
+    ):
         fenced = cause.code() in (KafkaError._FENCED, KafkaError.PRODUCER_FENCED, KafkaError.INVALID_PRODUCER_EPOCH)
         return Fenced(f"{text}: another producer of this name has taken over") if fenced else OutcomeUnknown(text)
     if cause.txn_requires_abort():
@@ -242,7 +253,9 @@ class KafkaProducer:
         self._thread = threading.Thread(target=self._serve, name="kafka-acks", daemon=True)
         self._thread.start()
 
-    def append(self, topic: str, partition: int, key: bytes | None, value: bytes | None, on_ack: OnAck | None = None) -> None:
+    def append(
+        self, topic: str, partition: int, key: bytes | None, value: bytes | None, on_ack: OnAck | None = None
+    ) -> None:
         _hand_over(self._producer, self._log.prefix + topic, partition, key, value, on_ack)
 
     def flush(self, timeout_s: float) -> bool:
@@ -274,7 +287,9 @@ class KafkaTransactional:
         try:
             producer.init_transactions(60.0)
         except KafkaException as error:
-            raise Unreachable(f"no transactions for {self._name} on {self._log.bootstrap}: {error.args[0].str()}") from error
+            raise Unreachable(
+                f"no transactions for {self._name} on {self._log.bootstrap}: {error.args[0].str()}"
+            ) from error
         return producer
 
     def begin(self) -> None:
@@ -283,7 +298,9 @@ class KafkaTransactional:
             self._suspect = False
         self._call("begin", self._producer.begin_transaction)
 
-    def append(self, topic: str, partition: int, key: bytes | None, value: bytes | None, on_ack: OnAck | None = None) -> None:
+    def append(
+        self, topic: str, partition: int, key: bytes | None, value: bytes | None, on_ack: OnAck | None = None
+    ) -> None:
         _hand_over(self._producer, self._log.prefix + topic, partition, key, value, on_ack)
 
     def append_all(self, topic: str, partition: int, records: Sequence[tuple[bytes | None, bytes | None]]) -> None:
@@ -357,7 +374,10 @@ class _Consuming:
                 f"offset of {message.topic()}/{message.partition()} is outside of the log: {error.str()}. Records were "
                 f"deleted before they were read, or the topic was replaced"
             )
-        if error.fatal() or error.code() in (KafkaError.TOPIC_AUTHORIZATION_FAILED, KafkaError.GROUP_AUTHORIZATION_FAILED):
+        if error.fatal() or error.code() in (
+            KafkaError.TOPIC_AUTHORIZATION_FAILED,
+            KafkaError.GROUP_AUTHORIZATION_FAILED,
+        ):
             raise InfrastructureError(f"reading {message.topic()}: {error.str()}")
         return None  # a lost connection and the like: librdkafka goes on by itself
 
@@ -440,9 +460,7 @@ class KafkaMember(_Consuming):
 
     def committed(self, wanted: Iterable[Where]) -> dict[Where, int | None]:
         # Asked by a client of its own: a consumer answers only from the thread that polls it.
-        asked = ConsumerGroupTopicPartitions(
-            self.group, [TopicPartition(self._log.prefix + t, p) for t, p in wanted]
-        )
+        asked = ConsumerGroupTopicPartitions(self.group, [TopicPartition(self._log.prefix + t, p) for t, p in wanted])
         answer = self._log.admin().list_consumer_group_offsets([asked], require_stable=True, request_timeout=_CALL_S)
         found = _patiently(lambda: answer[self.group].result(), f"no committed offsets of group {self.group}")
         return {

@@ -43,9 +43,7 @@ class LocalEngine:
         self._config = ConfigView(log)
         self._config.refresh()
         self._producer = log.producer()
-        self._member = log.member(
-            GROUP, [topics.COMMANDS.name], on_assigned=lambda _: None, on_revoked=lambda *_: None
-        )
+        self._member = log.member(GROUP, [topics.COMMANDS.name], on_assigned=lambda _: None, on_revoked=lambda *_: None)
         self._member.read(0, 0)
         for partition in range(log.partitions):
             self._open(partition)

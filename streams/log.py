@@ -47,7 +47,9 @@ class OutcomeUnknown(InfrastructureError):
 class Producer(Protocol):
     """Appends without transactions: idempotent, `acks=all`, ordered per partition. Thread-safe."""
 
-    def append(self, topic: str, partition: int, key: bytes | None, value: bytes | None, on_ack: OnAck | None = None) -> None:
+    def append(
+        self, topic: str, partition: int, key: bytes | None, value: bytes | None, on_ack: OnAck | None = None
+    ) -> None:
         """Hand a record over; returns at once, `on_ack` follows. Blocks only while the local queue is full.
 
         Raises `ValueTooLarge` for a record above the producer's limit.
@@ -91,7 +93,9 @@ class Transactional(Protocol):
     def begin(self) -> None:
         """Begin a transaction. Raises `Fenced`."""
 
-    def append(self, topic: str, partition: int, key: bytes | None, value: bytes | None, on_ack: OnAck | None = None) -> None:
+    def append(
+        self, topic: str, partition: int, key: bytes | None, value: bytes | None, on_ack: OnAck | None = None
+    ) -> None:
         """Add a record to the open transaction."""
 
     def append_all(self, topic: str, partition: int, records: Sequence[tuple[bytes | None, bytes | None]]) -> None:

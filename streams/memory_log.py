@@ -74,7 +74,7 @@ class MemoryLog:
         group: str,
         topics: Iterable[str],
         *,
-        instance: str | None = None,
+        instance: str | None = None,  # noqa: ARG002 - one process has no static members
         committed: bool = True,
         on_assigned: Callable[[list[TopicPartition]], None],
         on_revoked: Callable[[list[TopicPartition], bool], None],
@@ -103,7 +103,9 @@ class MemoryLog:
 
     # What the parts below share ------------------------------------------------------------------------------------
 
-    def _append(self, topic: str, partition: int, key: bytes | None, value: bytes | None, state: str = "committed") -> _Entry:
+    def _append(
+        self, topic: str, partition: int, key: bytes | None, value: bytes | None, state: str = "committed"
+    ) -> _Entry:
         limit = int(topics.BY_NAME[topic].settings["max.message.bytes"])
         if len(value or b"") + len(key or b"") > limit:
             raise ValueTooLarge(f"a record for {topic} is larger than {limit:,} bytes", field="record")
@@ -149,13 +151,15 @@ class MemoryProducer:
     def __init__(self, log: MemoryLog) -> None:
         self._log = log
 
-    def append(self, topic: str, partition: int, key: bytes | None, value: bytes | None, on_ack: OnAck | None = None) -> None:
+    def append(
+        self, topic: str, partition: int, key: bytes | None, value: bytes | None, on_ack: OnAck | None = None
+    ) -> None:
         with self._log._changed:
             entry = self._log._append(topic, partition, key, value)
         if on_ack is not None:
             on_ack(entry.record.offset, None)
 
-    def flush(self, timeout_s: float) -> bool:
+    def flush(self, timeout_s: float) -> bool:  # noqa: ARG002 - nothing is ever pending
         return True
 
     def close(self) -> None:
@@ -173,7 +177,9 @@ class MemoryTransactional:
             self._check()
             self._log._open[self._name] = []
 
-    def append(self, topic: str, partition: int, key: bytes | None, value: bytes | None, on_ack: OnAck | None = None) -> None:
+    def append(
+        self, topic: str, partition: int, key: bytes | None, value: bytes | None, on_ack: OnAck | None = None
+    ) -> None:
         with self._log._changed:
             self._check()
             entry = self._log._append(topic, partition, key, value, "open")
@@ -227,8 +233,12 @@ class _Reading:
                 continue
             part = self._log._data[where]
             if self._positions[where] < part.first:
-                raise InfrastructureError(f"offset {self._positions[where]} of {where} is below the log's start {part.first}")
-            more, self._positions[where] = self._log._slice(where, self._positions[where], most - len(found), self._committed)
+                raise InfrastructureError(
+                    f"offset {self._positions[where]} of {where} is below the log's start {part.first}"
+                )
+            more, self._positions[where] = self._log._slice(
+                where, self._positions[where], most - len(found), self._committed
+            )
             found += more
         return found
 

@@ -128,7 +128,7 @@ class Table:
     def execute(self, record: Record) -> None:
         try:
             self.handle(record, self._tx)
-        except Exception as error:  # a defect of a fold must not stop the others
+        except Exception as error:  # noqa: BLE001 - a defect of a fold must not stop the others
             self._tx.drop()
             self._tx.quarantine(record, "defect", f"{type(error).__name__}: {error}")
         self._tx.keep()

@@ -106,7 +106,8 @@ class Runner:
             if number not in self._lanes:
                 self._lanes[number] = Lane(self, number)
 
-    def _revoked(self, partitions: list[TopicPartition], lost: bool) -> None:
+    def _revoked(self, partitions: list[TopicPartition], lost: bool) -> None:  # noqa: ARG002
+        # Lost or not is one: the commits of a member that was put out are refused, by its generation.
         self._close_lanes(sorted({p for _, p in partitions}))
 
     def _close_lanes(self, numbers: list[int]) -> None:

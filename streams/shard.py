@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable
 
 from perdure.schemas.errors import ConfigurationError, LogTruncated
 from perdure.streams.crash_marks import CrashMarks
-from perdure.streams.log import Log, Member, OutcomeUnknown, Reader, Record, Transactional, TransactionAborted
+from perdure.streams.log import Log, Member, OutcomeUnknown, Reader, Record, TransactionAborted, Transactional
 from perdure.streams.processor import Kind, Out, changelog_rows
 from perdure.streams.store import META, Store
 
@@ -108,8 +108,8 @@ class Shard:
             if stated is not None and stated < first:
                 reader.close()
                 raise LogTruncated(
-                    f"{topic}/{self.partition} begins at {first}, but {self.kind.name} has executed only up to {stated}: "
-                    f"{first - stated} records were deleted before they were read. Nothing is skipped silently: extend "
+                    f"{topic}/{self.partition} begins at {first}, but {self.kind.name} has executed only up to "
+                    f"{stated}: {first - stated} records were deleted before they were read. Nothing is skipped silently: extend "
                     f"the topic's retention, and set the position by hand only if the loss is accepted"
                 )
             positions[topic] = stated
