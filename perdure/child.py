@@ -148,9 +148,9 @@ class Wire:
         except OSError:
             die()
 
-    def ready(self) -> bool:
-        """Whether `read` would not block."""
-        return bool(self._poller.poll(0))
+    def ready(self, timeout_ms: int | None = 0) -> bool:
+        """Whether `read` would not block; waits for at most `timeout_ms`, None: until it is so."""
+        return bool(self._poller.poll(timeout_ms))
 
     def read(self) -> tuple[bytes, list[int]]:
         """Bytes for `frames`, and descriptors that came with them. Blocks."""
@@ -227,9 +227,9 @@ class ProcessChild:
 
     def wait(self) -> None:
         """See `Channel`."""
-        data, _ = self._wire.read()
+        self._wire.ready(None)
         with self._whole():
-            for frame in self._wire.frames(data):
+            for frame in self._wire.frames(self._wire.read()[0]):
                 if self._attempt is not None:
                     self._attempt.receive(frame)
 

@@ -26,7 +26,7 @@ def status_text(s: Status) -> str:
         "task": s.task_id,
         "type": s.type,
         "state": s.state + (f" ({s.stopping})" if s.stopping != "none" else f" ({s.reason})" if s.reason else ""),
-        "why": s.why,
+        "why": None if s.why == s.state else s.why,
         "progress": progress_text(s),
         "step": s.current_step,
         "steps": steps if s.steps_completed else None,

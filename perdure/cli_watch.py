@@ -87,5 +87,6 @@ def _words(status: Status) -> list[str]:
     from perdure.cli_text import progress_text
 
     state = status.state if status.stopping == "none" else f"{status.state} ({status.stopping})"
-    found = [state, progress_text(status), status.current_step, status.why if status.state != "RUNNING" else None]
+    waits = status.state in ("PENDING", "PAUSED")
+    found = [state, progress_text(status), status.current_step, status.why if waits else None]
     return [word for word in found if word]

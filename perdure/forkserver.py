@@ -178,11 +178,12 @@ class ForkServer:
         self._control.settimeout(timeout_s)
         try:
             loaded = self._await_loaded()
-        except BaseException as error:
+        except TimeoutError:
+            self.stop(0)
+            names = ", ".join(self._plan.modules)
+            raise ConfigurationError(f"importing {names} took more than {timeout_s:.0f} s") from None
+        except BaseException:
             self.stop()
-            if isinstance(error, TimeoutError):
-                names = ", ".join(self._plan.modules)
-                raise ConfigurationError(f"importing {names} took more than {timeout_s:.0f} s") from None
             raise
         self._control.settimeout(None)
         return loaded

@@ -16,7 +16,6 @@ import logging
 import threading
 from collections import deque
 from collections.abc import Callable
-from dataclasses import is_dataclass
 from typing import Any, Generic, TypeVar, assert_never
 
 from perdure import channel
@@ -381,14 +380,15 @@ def size_of(task_id: str, report: Report) -> int:
 
 
 def _size(value: Any) -> int:
-    if isinstance(value, str):
+    kind = type(value)
+    if kind is str:
         return (len(value) if value.isascii() else 4 * len(value)) + 10
-    if isinstance(value, bytes):
+    if kind is bytes:
         return len(value) + 10
-    if isinstance(value, list):
-        return 10 + sum(_size(item) for item in value)
-    if isinstance(value, dict):
+    if kind is list:
+        return 10 + sum(map(_size, value))
+    if kind is dict:
         return 10 + sum(_size(key) + _size(item) for key, item in value.items())
-    if is_dataclass(value):
-        return _FIXED + sum(_size(item) for item in value.__dict__.values())
+    if hasattr(kind, "avro_name"):
+        return _FIXED + sum(map(_size, value.__dict__.values()))
     return 10

@@ -222,7 +222,7 @@ class Slots:
         """Take no more grants; ask every attempt to stop at its next boundary."""
         self.stopping = True
         for attempt in list(self._attempts.values()):
-            if attempt.stop in ("", "paused"):
+            if not attempt.stop:
                 self._stop(attempt, "drained", "the worker shuts down")
 
     def kill(self) -> None:

@@ -13,10 +13,11 @@ def test_survives_everything():
 ```
 
 Engine, client, sessions, reports, steps and checkpoints are the real ones; processes, sockets and Kafka are left out.
-Time passes only when the test lets it: thirty hours take milliseconds, unless the code under test computes. Nothing
-happens at the same time as anything else, so a test that passes once passes always. See `docs` for what a task under
-test can and cannot do; in short: `kit.sleep` waits in virtual time (`monkeypatch.setattr("time.sleep", kit.sleep)`),
-so does `asyncio.sleep` in async tasks, and no task waits for a socket or for a thread that itself waits.
+Time passes only when the test lets it: thirty hours take as long as the code under test computes. Nothing happens at
+the same time as anything else, so a test that passes once passes always.
+
+A task waits in virtual time with `kit.sleep` (`monkeypatch.setattr("time.sleep", kit.sleep)`), an async one also with
+`asyncio.sleep`. It may use threads that do not wait in virtual time; an async one cannot wait for real sockets.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from __future__ import annotations
 import datetime as dt
 import logging
 import math
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
@@ -65,6 +67,7 @@ class Kit:
     def __init__(self, tasks: Iterable[Tasks], *, partitions: int = 2, slots: int = 8) -> None:
         self._types = _types(tasks)
         self._slots = slots
+        self._home = threading.current_thread()
         self._clock = VirtualClock()
         self.log = MemoryLog(self._clock, partitions)
         self._log = cast("Log", self.log)
@@ -142,7 +145,7 @@ class Kit:
 
     def sleep(self, seconds: float) -> None:
         """What `time.sleep` is, in virtual time: for tasks; a test that calls it lets time pass for all."""
-        strand = Strand.current()
+        strand = self._caller()
         if strand is None:
             self.advance(seconds)
             return
@@ -287,13 +290,13 @@ class Kit:
 
     def _name_of(self, function: Callable[..., Any]) -> str:
         for name, found in self._types.items():
-            if found.function is function:
+            if found.function == function:
                 return name
         raise InvalidRequest(f"{function!r} is no task of this kit: give it to Kit(tasks=[...])", field="type")
 
     def _in_kit(self, action: Callable[[], None]) -> None:
         """Have `action` done by the kit's thread, also when user code asks for it."""
-        strand = Strand.current()
+        strand = self._caller()
         if strand is None:
             action()
         else:
@@ -302,8 +305,18 @@ class Kit:
     def _decide(self) -> None:
         self._in_kit(lambda: self._engine.pump())
 
+    def _caller(self) -> Strand | None:
+        """The strand that calls; None: the test. Raises `InvalidRequest` for any other thread."""
+        strand = Strand.current()
+        if strand is None and threading.current_thread() is not self._home:
+            raise InvalidRequest(
+                "the kit is used by a thread that a task or the test has started: only the task's own thread and the "
+                "one that made the kit can wait in virtual time or give commands"
+            )
+        return strand
+
     def _check_caller(self, what: str) -> None:
-        if Strand.current() is not None:
+        if self._caller() is not None:
             raise InvalidRequest(f"kit.{what} inside a task: only the test itself lets time pass; use kit.sleep here")
 
     def _has_ended(self, task_id: str) -> bool:
@@ -365,7 +378,7 @@ def _types_in(given: Tasks) -> list[TaskType]:
         if not found:
             raise ConfigurationError(f"no task in {given.__name__}: decorate a function there with @perdure.task")
         return found
-    known = [t for t in default_registry if t.function is given]
+    known = [t for t in default_registry if t.function == given]
     if not known:
         own = Registry()
         task(registry=own)(given)

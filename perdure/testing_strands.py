@@ -104,10 +104,7 @@ class Strand:
         if self.unwinding:
             raise Dropped
         if Strand.current() is not self:
-            raise InvalidRequest(
-                "a thread that the task started waits for virtual time or for the engine: in the test kit only the "
-                "task's own thread can; give the thread something that does not wait"
-            )
+            raise InvalidRequest("a thread that the task started waits for the engine: in the test kit it cannot")
         self._back.release()
         self._turn.acquire()
         if self.unwinding:

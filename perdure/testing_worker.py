@@ -55,7 +55,9 @@ class InlineAttempt:
         self.strand = Strand(f"perdure-{grant.task_id}", self._run_async if task_type.is_async else self._run)
         self._mail: deque[channel.ToChild] = deque()
         self._until: int | None = self._clock.now
-        """When it goes on, if nothing arrives before; None: only when something arrives."""
+        """When it goes on by itself, if ever."""
+        self._listens = False
+        """Whether it also goes on when something arrives."""
         self._cancel: Callable[[], object] | None = None
         self._interrupted = False
         self.stop = ""
@@ -68,14 +70,16 @@ class InlineAttempt:
 
     def due(self) -> int | None:
         """When it can go on."""
-        return self._clock.now if self._mail or self._interrupted else self._until
+        return self._clock.now if self._interrupted or (self._listens and self._mail) else self._until
 
     def go(self) -> None:
         """Let user code run until it waits or ends."""
         with self._captured():
             self.strand.go()
-        if self.strand.ended:
-            self._lines.close()
+
+    def close_log(self) -> None:
+        """No more lines: say how many the rate cap has left out."""
+        self._log.close(self._clock.now)
 
     def put(self, frame: channel.ToChild) -> None:
         """What the supervisor tells the child."""
@@ -120,6 +124,8 @@ class InlineAttempt:
     def send(self, frame: channel.Frame) -> None:
         """See `perdure.exchange.Channel`."""
         if self.strand.unwinding:
+            if isinstance(frame, _LAST):
+                return  # so ends an attempt that nobody listens to
             raise Dropped
         task_id = self.grant.task_id
         self._worker.watch(task_id, False)
@@ -136,6 +142,7 @@ class InlineAttempt:
                 self._worker.reporter.end(self.reporting, end_report_of(frame, self.stop, usage))
             case channel.Started() | channel.Step() | channel.Milestone() | channel.Checkpoint() | channel.WantSteps():
                 self._worker.reporter.add(self.reporting, report_of(frame, pid=0), frame.number)
+                self.poll()  # a process that waits for the acknowledgement would read what else there is
         self._worker.watch(task_id, True)
 
     def poll(self) -> None:
@@ -146,14 +153,14 @@ class InlineAttempt:
 
     def wait(self) -> None:
         """See `perdure.exchange.Channel`."""
-        self._stand(None)
+        self._stand(None, listens=True)
         self._deliver()
 
     def sleep(self, ms: int) -> None:
         """What `time.sleep` is to a process: only SIGTERM can end it early."""
         end = self._clock.now + ms
         while self._clock.now < end:
-            self._stand(end)
+            self._stand(end, listens=False)
             if self._interrupted:
                 self._interrupted = False
                 stop = self.attempt.interrupt()
@@ -161,11 +168,11 @@ class InlineAttempt:
                     raise stop
 
     def _idle(self, ms: int | None) -> None:
-        self._stand(None if ms is None else self._clock.now + ms)
+        self._stand(None if ms is None else self._clock.now + ms, listens=True)
         self._deliver()
 
-    def _stand(self, until: int | None) -> None:
-        self._until = until
+    def _stand(self, until: int | None, *, listens: bool) -> None:
+        self._until, self._listens = until, listens
         self.strand.stand()
 
     def _deliver(self) -> None:
@@ -362,6 +369,7 @@ class InlineWorker:
         self._end(attempt)
 
     def _end(self, attempt: InlineAttempt) -> None:
+        attempt.close_log()
         del self._attempts[attempt.key]
         attempt.session.running -= 1
 

@@ -20,11 +20,14 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, assert_never
 
+import psutil
+
+from perdure import process
 from perdure.children import Events
 from perdure.forkserver import ForkServer, Loaded
 from perdure.host import HostSlot, host_id, worker_name
@@ -116,8 +119,10 @@ class Worker:
         """Work until stopped; the exit code. Blocks. Raises `PerdureError` when the worker cannot go on."""
         with ExitStack() as stack:
             stack.callback(self._events.close)
+            if threading.current_thread() is threading.main_thread():
+                stack.enter_context(_no_strays())
             name = self._name or self._take_name(stack)
-            _allow_files(sum(self._slot_counts.values()))
+            _allow_files(self._slot_counts["process"])
             self._connect(stack, name)
             loaded = self._server.start()
             executors = {task_type: content["policy"]["executor"] for task_type, content in loaded.types.items()}
@@ -130,8 +135,8 @@ class Worker:
             with _signals(self.request_stop):
                 while self._code is None:
                     self._turn()
-            if self._code == 0:
-                self._reporter.flush(FLUSH_S)
+            if self._code == 0 and not self._reporter.flush(FLUSH_S):
+                LOG.warning("the last reports are not known to be in the log; the engine finds out by itself")
             return self._code
 
     # Start -----------------------------------------------------------------------------------------------------------
@@ -306,6 +311,19 @@ def _allow_files(slots: int) -> None:
     if soft != resource.RLIM_INFINITY and soft < wanted:
         enough = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
         resource.setrlimit(resource.RLIMIT_NOFILE, (enough, hard))
+
+
+@contextmanager
+def _no_strays() -> Iterator[None]:
+    """Processes that detached themselves come to us when the fork server is killed; in the end they are killed too."""
+    before = set(psutil.Process().children())
+    process.adopt_orphans()
+    try:
+        yield
+    finally:
+        for stray in set(psutil.Process().children(recursive=True)) - before:
+            with suppress(psutil.NoSuchProcess):
+                stray.kill()
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from perdure.projections.dead_letters import DeadLetterProcessor
 from perdure.projections.progress import ProgressProcessor
+from perdure.schemas import topics
 from perdure.streams.processor import Kind, Table
 
 PROGRESS = Kind(
@@ -12,6 +13,7 @@ PROGRESS = Kind(
     changelog=ProgressProcessor.changelog,
     open=lambda store, _: Table(ProgressProcessor.name, store, ProgressProcessor().handle, ProgressProcessor.inputs),
     plain_changelog=True,
+    skippable=frozenset({topics.TELEMETRY.name}),
 )
 DEAD_LETTERS = Kind(
     name=DeadLetterProcessor.name,

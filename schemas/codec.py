@@ -114,6 +114,11 @@ def decode(data: bytes) -> Any:
     return message
 
 
+def header_of(cls: type) -> bytes:
+    """What every record of a class begins with: enough to count or pick them without decoding."""
+    return _BY_CLASS[cls].header
+
+
 def decode_as(cls: type[R], data: bytes) -> R:
     """`decode`, for a place where only records of `cls` belong. Raises `DecodeError`."""
     message = decode(data)

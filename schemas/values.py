@@ -46,7 +46,7 @@ def loads(data: bytes) -> Any:
     """The Python value of JSON text written by `dumps`. Raises `DecodeError`."""
     try:
         return json.loads(data, object_hook=_revive, parse_constant=_no_constant)
-    except (ValueError, RecursionError) as error:
+    except (ValueError, TypeError, ArithmeticError, RecursionError) as error:
         raise DecodeError(f"a recorded value is no JSON: {error}") from error
 
 

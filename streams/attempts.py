@@ -41,9 +41,13 @@ def entry(s: State, m: Moment, session: str, e: ReportEntry, token_holds: bool) 
         if report.seq > last + 1:
             yield _rejected(s, m, e, session, "gap", type(report).__name__, f"after {last} came {report.seq}")
             yield ToWorker(
-                inbox.RevokeAttempt(worker_id="", session=session, task_id=e.task_id, epoch=e.epoch, why="gap in reports")
+                inbox.RevokeAttempt(
+                    worker_id="", session=session, task_id=e.task_id, epoch=e.epoch, why="gap in reports"
+                )
             )
-            yield from task_lifecycle.lost(s, m, e.task_id, "revoked", f"reports {last + 1} to {report.seq - 1} are missing")
+            yield from task_lifecycle.lost(
+                s, m, e.task_id, "revoked", f"reports {last + 1} to {report.seq - 1} are missing"
+            )
             return
         assert live is not None
         yield Note(tables.task(e.task_id), tables.LIVE, replace(live, report_seq=report.seq))
@@ -203,7 +207,9 @@ def retire_steps(s: State, m: Moment, task_id: str) -> Outputs:
                 gone.append(tables.step_id(suffix))
             if gone:
                 budget -= len(gone)
-                yield events.StepsRetired(**of_task(s, m, task_id), from_step=gone[0], up_to_step=gone[-1], count=len(gone))
+                yield events.StepsRetired(
+                    **of_task(s, m, task_id), from_step=gone[0], up_to_step=gone[-1], count=len(gone)
+                )
             if budget <= 0:
                 yield Note(tables.MARKS, cursor, Mark())
                 return

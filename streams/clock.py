@@ -16,7 +16,14 @@ from perdure.streams.state import State
 def now(s: State, at: int) -> int:
     """Partition time at a log time, never before the last one."""
     last = s.position
-    return at + s.clock.offset if last is None else max(at, last.at) + s.clock.offset
+    if last is None or is_back(at, last.at):  # the offset has taken a step back out already
+        return at + s.clock.offset
+    return max(at, last.at) + s.clock.offset
+
+
+def is_back(at: int, last: int) -> bool:
+    """Whether the log's clock was set back, and did not just waver."""
+    return at - last < -limits.CLOCK_BACK_MS
 
 
 def agrees(tick: Tick, at: int) -> bool:
@@ -34,10 +41,13 @@ def adjust(s: State, m: Moment, tick: Tick | None) -> Outputs:
         yield events.ClockAdjusted(
             **of_partition(s, m), offset=clock.offset - step, unconfirmed=clock.unconfirmed + step, shift=clock.shift
         )
-    elif step < -limits.CLOCK_BACK_MS:
+    elif is_back(m.at, s.position.at):
         back = min(clock.unconfirmed, -step)
         yield events.ClockAdjusted(
-            **of_partition(s, m), offset=clock.offset - step, unconfirmed=clock.unconfirmed - back, shift=clock.shift + back
+            **of_partition(s, m),
+            offset=clock.offset - step,
+            unconfirmed=clock.unconfirmed - back,
+            shift=clock.shift + back,
         )
     elif agreeing and clock.unconfirmed:
         yield events.ClockAdjusted(

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from perdure.schemas import codec, topics
 from perdure.schemas.errors import DecodeError
 from perdure.schemas.public import ConfigRecord
-from perdure.streams.log import BEGIN, Log, Reader
+from perdure.streams.log import Log, Reader
 
 
 @dataclass
@@ -23,8 +23,9 @@ class ConfigView:
         """Read on; the names that have changed. The first call reads to the topic's present end."""
         if self._reader is None:
             self._reader = self.log.reader()
-            self._reader.assign({(topics.CONFIG.name, 0): BEGIN})
-            _, end = self._reader.bounds(topics.CONFIG.name, 0)
+            # A number, not BEGIN: a fresh consumer takes half a second to resolve that.
+            first, end = self._reader.bounds(topics.CONFIG.name, 0)
+            self._reader.assign({(topics.CONFIG.name, 0): first})
             changed: set[str] = set()
             while not self._reader.caught_up(topics.CONFIG.name, 0, end):
                 changed |= self._read(0.2)

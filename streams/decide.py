@@ -118,9 +118,7 @@ def _apply_config(s: State, m: Moment, record: commands.ApplyConfig) -> Outputs:
     if fault is not None:
         yield Quarantine("undecodable", f"{record.name}: {fault}")
         return
-    yield events.ConfigApplied(
-        **of_partition(s, m), name=record.name, version=record.version, content=record.content
-    )
+    yield events.ConfigApplied(**of_partition(s, m), name=record.name, version=record.version, content=record.content)
     kind, _, name = record.name.partition("/")
     if kind == "type":
         yield from timers.bind_tasks(s, m, name)
@@ -295,4 +293,3 @@ _CONTROL: dict[type, Callable[[State, Moment, Any], Outputs]] = {
     commands.DiscardDeadLetter: task_lifecycle.discard,
 }
 _COMMANDS = {SubmitTask, SubmitBatch, DescribeTask, AwaitTask, FindTasks, *_CONTROL}
-

@@ -107,5 +107,3 @@ def _eta_seconds(s: State, m: Moment, t: TaskState, spec: TaskSpec, fraction: fl
 
 def _seconds(ms: int | None) -> float | None:
     return None if ms is None else ms / 1000
-
-

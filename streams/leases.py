@@ -108,6 +108,12 @@ def restart(s: State, m: Moment) -> Outputs:
             yield _note(replace(session, restarted=True, beat=m.now, suspected=0, state=state))
 
 
+def overdue(s: State, m: Moment) -> bool:
+    """Whether a session should have been looked at more than a beat ago: no tick came, or the clock leapt."""
+    looks = (next_look(session) for session in s.sessions.values())
+    return any(look is not None and m.now - look > limits.BEAT_MS for look in looks)
+
+
 def examine(s: State, m: Moment) -> Outputs:
     """Look for silent sessions."""
     for session in sorted(s.sessions.values(), key=lambda w: w.session):

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 from perdure.schemas import limits, topics
 from perdure.schemas.errors import Fenced, InfrastructureError, ValueTooLarge
-from perdure.streams.log import BEGIN, END, OnAck, Record, TopicPartition
+from perdure.streams.log import BEGIN, END, Member, OnAck, Record, TopicPartition
 
 Clock = Callable[[], int]
 """Returns the present time in ms."""
@@ -191,7 +191,8 @@ class MemoryTransactional:
         for key, value in records:
             self.append(topic, partition, key, value)
 
-    def commit(self, member: MemoryMember, offsets: Mapping[TopicPartition, int]) -> None:
+    def commit(self, member: Member, offsets: Mapping[TopicPartition, int]) -> None:
+        assert isinstance(member, MemoryMember), "the log's own members commit on it"
         with self._log._changed:
             self._check()
             self._log._finish(self._name, "committed")

@@ -60,6 +60,8 @@ class Kind:
     """Topic that holds the state; None: the input itself does, and a lost store reads it again from its beginning."""
     open: Callable[[Store, int], Processor]
     """(store, partition) -> instance."""
+    skippable: frozenset[str] = frozenset()
+    """Inputs whose records may be lost to retention while nobody reads; all others are refused then."""
     plain_changelog: bool = False
     """The changelog is a public topic that holds the state's values and no positions; see `Table`."""
 

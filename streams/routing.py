@@ -7,15 +7,18 @@ queue, else `default`. A command on another partition goes through the outbox, i
 from __future__ import annotations
 
 import hashlib
+from itertools import islice
 
 from perdure.schemas import codec, events, ids, limits
 from perdure.schemas.codec import replace
 from perdure.schemas.commands import AwaitTask, Control, DescribeTask, Forwarded, ForwardedAck, LookUp, SubmitTask
 from perdure.schemas.errors import InvalidRequest
+from perdure.schemas.rows import Mark
 from perdure.streams import tables
-from perdure.streams.decision import Acknowledge, Moment, Outputs, Send, of_partition
+from perdure.streams.decision import Acknowledge, Moment, Note, Outputs, Send, of_partition
 from perdure.streams.state import State
 
+CLEARING = b"clearing/"
 ForOneTask = Control | DescribeTask | AwaitTask
 
 
@@ -36,7 +39,9 @@ def complete_submit(s: State, m: Moment, command: SubmitTask, *, placed: bool) -
         ids.check_local_id(ids.split(command.task_id)[1])
         return replace(command, queue=head)
     if queue is None:
-        raise InvalidRequest(f"type {command.type!r} is unknown and neither queue nor task_id says where to put it", field="type")
+        raise InvalidRequest(
+            f"type {command.type!r} is unknown and neither queue nor task_id says where to put it", field="type"
+        )
     ids.check_queue(queue)
     if command.task_id:
         local = ids.check_local_id(command.task_id)
@@ -113,9 +118,22 @@ def look_up(s: State, m: Moment, command: ForOneTask, left: list[int]) -> Output
 
 def acknowledged(s: State, m: Moment, record: ForwardedAck) -> Outputs:
     """The target has taken records: they leave the outbox."""
-    first = next(s.scan(tables.outbox(record.target)), None)
-    if first is not None and first[0] <= tables.number(record.up_to) and record.up_to <= s.counter(f"sent/{record.target}"):
-        yield events.ForwardAcknowledged(**of_partition(s, m), target=record.target, up_to=record.up_to)
+    if record.up_to <= s.counter(f"sent/{record.target}"):
+        yield from clear_outbox(s, m, record.target, record.up_to)
+
+
+def clear_outbox(s: State, m: Moment, target: int, up_to: int) -> Outputs:
+    """Take acknowledged rows out of the outbox, a chunk at a time."""
+    found = islice(s.scan(tables.outbox(target)), limits.STEPS_CHUNK + 1)
+    numbers = [n for suffix, _ in found if (n := int.from_bytes(suffix, "big")) <= up_to]
+    cursor = CLEARING + str(target).encode()
+    if numbers:
+        last = numbers[: limits.STEPS_CHUNK][-1]
+        yield events.ForwardAcknowledged(**of_partition(s, m), target=target, up_to=last)
+    if len(numbers) > limits.STEPS_CHUNK:
+        yield Note(tables.MARKS, cursor, Mark(value=up_to))
+    elif s.get(tables.MARKS, cursor) is not None:
+        yield Note(tables.MARKS, cursor, None)
 
 
 def taken(s: State, m: Moment, record: Forwarded) -> Outputs:
@@ -127,5 +145,3 @@ def taken(s: State, m: Moment, record: Forwarded) -> Outputs:
 def is_next(s: State, record: Forwarded) -> bool:
     """Whether this is the next number of its source."""
     return record.number == s.counter(f"taken/{record.source}") + 1
-
-

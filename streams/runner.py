@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Protocol
 
 from perdure.schemas import limits
-from perdure.schemas.errors import ConfigurationError
+from perdure.schemas.errors import ConfigurationError, Unreachable
 from perdure.streams.crash_marks import CrashMarks
 from perdure.streams.log import BEGIN, Log, Member, Record, TopicPartition
 from perdure.streams.processor import Kind
@@ -26,6 +26,9 @@ _BUFFER_RECORDS = 5_000
 _BUFFER_BYTES = 32 * 1024 * 1024
 _READ_S = 0.2
 _LOCK_WAIT_S = 15.0
+_STUCK_S = 15.0
+"""A commit that takes longer than transaction.timeout.ms has failed; librdkafka may wait for ever (its issue 5456)."""
+_JOIN_S = 30.0
 
 
 def wall_clock() -> int:
@@ -120,6 +123,8 @@ class Runner:
     def _balance(self) -> None:
         """Stop fetching for lanes that are behind, and fetch again for those that have caught up."""
         for number, lane in self._lanes.items():
+            if lane.stuck():
+                self.fail(Unreachable(f"{self.kind.name}/{number}: a commit has not ended within {_STUCK_S:g} s"))
             where = [(topic, number) for topic in self.kind.inputs]
             if number not in self._paused and lane.ready and lane.is_full():
                 self._paused.add(number)
@@ -140,6 +145,7 @@ class Lane:
         self._stop = False
         self._woken = False
         self.ready = False
+        self._shard: Shard | None = None
         self._changed = threading.Condition()
         self._thread = threading.Thread(target=self._run, name=f"{runner.kind.name}-{partition}", daemon=True)
         self._thread.start()
@@ -165,6 +171,11 @@ class Lane:
         """Whether more may come."""
         return len(self._records) < _BUFFER_RECORDS // 2 and self._bytes < _BUFFER_BYTES // 2
 
+    def stuck(self) -> bool:
+        """Whether a commit has been under way for too long."""
+        since = self._shard.committing_since if self._shard is not None else None
+        return since is not None and time.monotonic() - since > _STUCK_S
+
     def ask_to_stop(self) -> None:
         """Finish the transaction under way and end."""
         with self._changed:
@@ -172,12 +183,14 @@ class Lane:
             self._changed.notify()
 
     def join(self) -> None:
-        """Wait for the thread's end."""
-        self._thread.join()
+        """Wait for the thread's end; a commit that is stuck in the client library is not waited for."""
+        deadline = time.monotonic() + _JOIN_S
+        while self._thread.is_alive() and not self.stuck() and time.monotonic() < deadline:
+            self._thread.join(0.1)
 
     def _run(self) -> None:
         try:
-            shard = self._open()
+            self._shard = shard = self._open()
             try:
                 if self._restore(shard):
                     self._work(shard)

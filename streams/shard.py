@@ -11,6 +11,7 @@ transaction drops the overlay and executes the same records again.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable
 
 from perdure.schemas.errors import ConfigurationError, LogTruncated
@@ -51,6 +52,7 @@ class Shard:
         self._marks = crash_marks
         self._producer: Transactional = log.transactional(transactional_id)
         self._changelog_next: int | None = None
+        self.committing_since: float | None = None
         self._reader: Reader | None = None
         self._target = 0
         self.processor = kind.open(store, partition)
@@ -105,12 +107,14 @@ class Shard:
             committed = group[topic, self.partition]
             stated = committed if self.kind.plain_changelog else known.get(topic)
             first, _ = reader.bounds(topic, self.partition)
+            if stated is not None and stated < first and topic in self.kind.skippable:
+                stated = first
             if stated is not None and stated < first:
                 reader.close()
                 raise LogTruncated(
                     f"{topic}/{self.partition} begins at {first}, but {self.kind.name} has executed only up to "
-                    f"{stated}: {first - stated} records were deleted before they were read. Nothing is skipped silently: extend "
-                    f"the topic's retention, and set the position by hand only if the loss is accepted"
+                    f"{stated}: {first - stated} records were deleted before they were read. Nothing is skipped: "
+                    f"extend the topic's retention, and set the position by hand only if the loss is accepted"
                 )
             positions[topic] = stated
         reader.close()
@@ -151,10 +155,13 @@ class Shard:
                 producer.append(self.kind.changelog, self.partition, *rows[-1], self._noted)
             # 3
             positions = self.processor.positions()
+            self.committing_since = time.monotonic()
             producer.commit(self._member, {(t, self.partition): positions[t] for t in {r.topic for r in records}})
         except TransactionAborted:
             producer.abort()
             raise
+        finally:
+            self.committing_since = None
         # 4
         if self._changelog_next is not None:
             writes[CHANGELOG_POSITION] = self._changelog_next.to_bytes(8, "big")

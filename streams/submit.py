@@ -69,5 +69,3 @@ def _check_same(s: State, command: SubmitTask, content: str, value: str) -> None
             raise InvalidRequest(f"key {command.key!r} was used before with another input", field="key")
     elif spec.content_hash != content:
         raise InvalidRequest(f"another task has the id {command.task_id!r}", field="task_id")
-
-

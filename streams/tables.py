@@ -28,6 +28,7 @@ RESULT = b"r"
 LIVE = b"l"
 ANSWERS = b"a"
 STEPS = b"p"
+BEGUN = b"b"
 
 _SESSION_CLASS = {SOFT_TIMERS, SESSIONS, MARKS, POSITION, b"w"}
 
@@ -80,8 +81,13 @@ def step(step_id: str) -> bytes:
     return STEPS + step_id.encode()
 
 
+def begun(step_id: str) -> bytes:
+    """Suffix of an at-most-once step that has begun and not ended."""
+    return BEGUN + step_id.encode()
+
+
 def step_id(suffix: bytes) -> str:
-    """The step id in a suffix."""
+    """The step id in a suffix of either kind."""
     return suffix[1:].decode()
 
 
@@ -89,6 +95,12 @@ def step_id(suffix: bytes) -> str:
 def ready(queue: str, task_type: str) -> bytes:
     """Scope of the ready queue of one queue and type."""
     return b"q" + text(queue) + text(task_type)
+
+
+@lru_cache(maxsize=4_096)
+def held(queue: str, task_type: str) -> bytes:
+    """Scope of the tasks that are ready, but whose submitter saw a version of the type that is not applied here."""
+    return b"h" + text(queue) + text(task_type)
 
 
 def place(priority: int, order: int) -> bytes:
@@ -110,6 +122,12 @@ def timer(due: int, kind: str, task_id: str) -> bytes:
 def timer_due(suffix: bytes) -> int:
     """The due time in a timer's suffix."""
     return int.from_bytes(suffix[:8], "big")
+
+
+def timer_of(suffix: bytes) -> tuple[str, str]:
+    """(kind, task id) of a timer's suffix."""
+    kind, at = _read_text(suffix, 8)
+    return kind, _read_text(suffix, at)[0]
 
 
 def outbox(target: int) -> bytes:

@@ -7,11 +7,12 @@ attempt has ended; then the mark decides where the task goes (`after_end`). A co
 from __future__ import annotations
 
 import hashlib
+from itertools import islice
 
 from perdure.schemas import events, inbox, limits
 from perdure.schemas.commands import CancelTask, DiscardDeadLetter, PauseTask, ResumeTask, RetryTask
 from perdure.schemas.common import ErrorInfo, Retry, Usage
-from perdure.schemas.rows import TaskState, Waiter
+from perdure.schemas.rows import Mark, TaskState, Waiter
 from perdure.streams import policies, tables
 from perdure.streams.decision import Moment, Note, Outputs, Reply, ToWorker, of_task
 from perdure.streams.describe import status_reply
@@ -30,6 +31,9 @@ LEGAL: dict[str, frozenset[str]] = {
 
 ENDED = frozenset({"COMPLETED", "FAILED", "TIMED_OUT", "CANCELLED"})
 DEAD = frozenset({"FAILED", "TIMED_OUT"})
+
+TELLING = b"telling/"
+WAITERS_AT_ONCE = 32
 
 _RANK = {"none": 0, "draining": 1, "pausing": 2, "timing_out": 3, "cancelling": 4}
 
@@ -89,6 +93,8 @@ def retry(s: State, m: Moment, command: RetryTask) -> Outputs:
     task_id, t = command.task_id, s.known(command.task_id)
     if t.state not in DEAD:
         raise Refused(f"the task is {t.state}: only FAILED and TIMED_OUT tasks can be retried")
+    if t.timers.get("retain", m.now + 1) <= m.now:
+        raise Refused("the task was discarded and is being forgotten: parts of it may be gone already")
     order = place_order(m)
     yield events.TaskRedriven(**of_task(s, m, task_id), input=command.input, order=order)
     yield events.TaskQueued(**of_task(s, m, task_id), reason="queued")
@@ -114,9 +120,7 @@ def _check_stopping(t: TaskState, wanted: str, word: str) -> None:
 def completed(s: State, m: Moment, task_id: str, result: bytes, usage: Usage) -> Outputs:
     """User code returned: the task has its result, whatever else was asked of it meanwhile."""
     t = s.known(task_id)
-    yield events.TaskCompleted(
-        **of_task(s, m, task_id), epoch=t.epoch, attempt=t.attempt, result=result, usage=usage
-    )
+    yield events.TaskCompleted(**of_task(s, m, task_id), epoch=t.epoch, attempt=t.attempt, result=result, usage=usage)
     yield from tell_waiters(s, m, task_id)
 
 
@@ -126,9 +130,7 @@ def failed(s: State, m: Moment, task_id: str, error: ErrorInfo, usage: Usage | N
     if t.stopping == "timing_out":
         yield from timed_out(s, m, task_id, usage)
         return
-    yield events.AttemptFailed(
-        **of_task(s, m, task_id), epoch=t.epoch, attempt=t.attempt, error=error, usage=usage
-    )
+    yield events.AttemptFailed(**of_task(s, m, task_id), epoch=t.epoch, attempt=t.attempt, error=error, usage=usage)
     if t.stopping == "cancelling":
         yield from _cancelled(s, m, task_id)
         return
@@ -195,7 +197,9 @@ def lost(s: State, m: Moment, task_id: str, why: str, detail: str = "", usage: U
         yield from die(s, m, task_id, _found("crash_loop", f"the process died {after.crashes} times in a row without "
                                             f"a new step or checkpoint; last: {detail}"), "crash_loop")  # fmt: skip
     elif after.sessions_lost >= limits.SESSIONS_LOST_MAX:
-        yield from die(s, m, task_id, _found("lost_sessions", f"{after.sessions_lost} workers were lost under it"), "lost_sessions")
+        yield from die(
+            s, m, task_id, _found("lost_sessions", f"{after.sessions_lost} workers were lost under it"), "lost_sessions"
+        )
     elif t.stopping == "pausing":
         yield events.TaskPaused(**of_task(s, m, task_id))
     else:
@@ -260,9 +264,15 @@ def stop_attempt(s: State, task_id: str, reason: str) -> ToWorker:
 
 
 def tell_waiters(s: State, m: Moment, task_id: str) -> Outputs:
-    """Answer everyone who waits for the task's end."""
-    for suffix, waiter in list(s.scan(tables.waiters(task_id))):
+    """Answer those who wait for the task's end, a few with each decision."""
+    waiting = list(islice(s.scan(tables.waiters(task_id)), WAITERS_AT_ONCE + 1))
+    for suffix, waiter in waiting[:WAITERS_AT_ONCE]:
         yield from answer_waiter(s, m, task_id, suffix, waiter)
+    cursor = TELLING + task_id.encode()
+    if len(waiting) > WAITERS_AT_ONCE:
+        yield Note(tables.MARKS, cursor, Mark())
+    elif s.get(tables.MARKS, cursor) is not None:
+        yield Note(tables.MARKS, cursor, None)
 
 
 def answer_waiter(s: State, m: Moment, task_id: str, suffix: bytes, waiter: Waiter) -> Outputs:
@@ -297,5 +307,3 @@ def place_order(m: Moment) -> int:
 
 def _found(kind: str, message: str) -> ErrorInfo:
     return ErrorInfo(type=kind, message=message, error_types=[kind])
-
-

@@ -1,18 +1,20 @@
 """What a tick does: cursors go on, timers fire, silent sessions are looked at.
 
-Only ticks fire timers. A timer counts only while its task still names the same due time; all others are left-overs of
-replaced ones and are dropped.
+Only ticks fire timers. A durable timer goes with its task or with what replaces it; a timer of the session class only
+makes the tick look again.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import islice
 
 from perdure.schemas import events, limits
+from perdure.schemas.codec import replace
 from perdure.schemas.commands import Tick
 from perdure.schemas.inbox import RevokeAttempt
 from perdure.schemas.rows import Mark, Timer
-from perdure.streams import attempts, clock, leases, policies, ready_queue, tables, task_lifecycle
+from perdure.streams import attempts, clock, leases, policies, ready_queue, routing, tables, task_lifecycle
 from perdure.streams.decision import Moment, Note, Outputs, ToWorker, of_task
 from perdure.streams.state import State
 from perdure.streams.task_lifecycle import ENDED
@@ -22,6 +24,7 @@ BINDING = b"binding/"
 AT_ONCE = 0
 """A tick is wanted now: there is unfinished work."""
 _KEYS = limits.DECISION_KEYS * 9 // 10
+BINDS_AT_ONCE = limits.CHUNK * 2 // 3
 
 
 def tick(s: State, m: Moment, record: Tick) -> Outputs:
@@ -32,7 +35,7 @@ def tick(s: State, m: Moment, record: Tick) -> Outputs:
         return
     if s.get(tables.MARKS, SKEW) is not None:
         yield Note(tables.MARKS, SKEW, None)
-    if m.at - record.due > limits.BEAT_MS:
+    if m.at - record.due > limits.BEAT_MS or leases.overdue(s, m):
         yield from leases.restart(s, m)
     yield from clock.settle(s, m, next(s.scan(tables.WINDOW), None) is not None)
     yield from _go_on(s, m)
@@ -55,41 +58,44 @@ def _go_on(s: State, m: Moment) -> Outputs:
         elif kind + b"/" == attempts.RETIRING:
             yield from attempts.retire_steps(s, m, rest.decode())
         elif kind + b"/" == BINDING:
-            yield from bind_tasks(s, m, rest.decode())
+            yield from bind_tasks(s, m, rest.decode(), after=mark.text)
+        elif kind + b"/" == task_lifecycle.TELLING:
+            yield from task_lifecycle.tell_waiters(s, m, rest.decode())
+        elif kind + b"/" == routing.CLEARING:
+            yield from routing.clear_outbox(s, m, int(rest), mark.value)
 
 
-def bind_tasks(s: State, m: Moment, task_type: str) -> Outputs:
+def bind_tasks(s: State, m: Moment, task_type: str, after: str = "") -> Outputs:
     """Bind the policies of tasks that were submitted before their type was known here, a chunk at a time."""
-    scope = tables.unbound(task_type)
-    waiting = [row.task_id for _, row in s.scan(scope)]
-    for task_id in waiting[: limits.CHUNK]:
+    start = after.encode() + b"\x00" if after else b""
+    found = islice(s.scan(tables.unbound(task_type), start=start), BINDS_AT_ONCE + 1)
+    waiting = [suffix.decode() for suffix, _ in found]
+    for task_id in waiting[:BINDS_AT_ONCE]:
         yield from ready_queue.bind(s, m.following(), task_id)
     cursor = BINDING + task_type.encode()
-    if len(waiting) > limits.CHUNK:
-        yield Note(tables.MARKS, cursor, Mark())
+    if len(waiting) > BINDS_AT_ONCE:
+        yield Note(tables.MARKS, cursor, Mark(text=waiting[BINDS_AT_ONCE - 1]))
     elif s.get(tables.MARKS, cursor) is not None:
         yield Note(tables.MARKS, cursor, None)
 
 
 def _fire(s: State, m: Moment, scope: bytes) -> Outputs:
-    for fired, (suffix, timer) in enumerate(list(_due(s, scope, m.now))):
-        if fired >= limits.TICK_TIMERS or s.touched >= _KEYS:
+    for suffix, timer in _due(s, scope, m.now):
+        if s.touched >= _KEYS:
             return
-        due = tables.timer_due(suffix)
+        if s.get(scope, suffix) is None:
+            continue  # what fired before has ended the task or taken the timer back
         if scope == tables.SOFT_TIMERS:
             yield Note(scope, suffix, None)
-            yield from _soft(s, m, timer)
-            continue
-        t = s.task(timer.task_id)
-        assert t is not None, "a task's timers go with it"
-        assert t.timers.get(timer.kind) == due, f"timer {timer.kind} of {timer.task_id} is left over"
-        yield from _KINDS[timer.kind](s, m.following(), timer.task_id)
+            yield from _soft(s, m, suffix, timer)
+        else:
+            yield from _KINDS[timer.kind](s, m.following(), timer.task_id)
 
 
 def _due(s: State, scope: bytes, now: int) -> list[tuple[bytes, Timer]]:
     found: list[tuple[bytes, Timer]] = []
     for suffix, timer in s.scan(scope):
-        if tables.timer_due(suffix) > now or len(found) > limits.TICK_TIMERS:
+        if tables.timer_due(suffix) > now or len(found) >= limits.TICK_TIMERS:
             break
         found.append((suffix, timer))
     return found
@@ -115,9 +121,7 @@ def _retire(s: State, m: Moment, task_id: str) -> Outputs:
     scope = tables.task(task_id)
     kept = [step_id for step_id, _ in s.steps(task_id)][: limits.STEPS_CHUNK]
     if kept:
-        yield events.StepsRetired(
-            **of_task(s, m, task_id), from_step=kept[0], up_to_step=kept[-1], count=len(kept)
-        )
+        yield events.StepsRetired(**of_task(s, m, task_id), from_step=kept[0], up_to_step=kept[-1], count=len(kept))
         return
     answers = sum(1 for _ in s.scan(scope, prefix=tables.ANSWERS))
     if answers:
@@ -126,18 +130,24 @@ def _retire(s: State, m: Moment, task_id: str) -> Outputs:
     yield events.TaskRetired(**of_task(s, m, task_id))
 
 
-def _soft(s: State, m: Moment, timer: Timer) -> Outputs:
+def _soft(s: State, m: Moment, suffix: bytes, timer: Timer) -> Outputs:
     """A timer of the session class: look whether there is still something to do."""
     t = s.task(timer.task_id)
     if timer.kind == "waiter":
-        for suffix, waiter in list(s.scan(tables.waiters(timer.task_id))):
-            if waiter.expires <= m.now:
-                yield from task_lifecycle.answer_waiter(s, m, timer.task_id, suffix, waiter)
+        waiting = s.scan(tables.waiters(timer.task_id))
+        expired = list(islice(((k, w) for k, w in waiting if w.expires <= m.now), task_lifecycle.WAITERS_AT_ONCE + 1))
+        for key, waiter in expired[: task_lifecycle.WAITERS_AT_ONCE]:
+            yield from task_lifecycle.answer_waiter(s, m, timer.task_id, key, waiter)
+        if len(expired) > task_lifecycle.WAITERS_AT_ONCE:
+            yield Note(tables.SOFT_TIMERS, suffix, timer)
         return
     limit = None if t is None or t.state in ENDED else policies.effective(s, timer.task_id).no_progress_timeout
     live = s.live(timer.task_id)
     if t is None or limit is None or live is None or not t.started or t.stopping in ("timing_out", "cancelling"):
         return
+    if live.active > m.now:  # counted from a log time that was ahead
+        live = replace(live, active=m.now)
+        yield Note(tables.task(timer.task_id), tables.LIVE, live)
     due = live.active + limit
     if due <= m.now:
         yield from task_lifecycle.time_is_up(s, m.following(), timer.task_id, "progress")
@@ -163,6 +173,8 @@ def skewed(s: State) -> bool:
 def next_tick(s: State) -> int | None:
     """Log time at which the next tick has something to do; None: never, as things stand."""
     if s.clock.unconfirmed or s.clock.shift or any(k != SKEW for k, _ in s.scan(tables.MARKS)):
+        return AT_ONCE
+    if next(s.scan(tables.WINDOW), None) is not None:
         return AT_ONCE
     looks = [s.next_timer, *(leases.next_look(w) for w in s.sessions.values())]
     firsts = [at for at in looks if at is not None]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import re
 import shutil
 import subprocess
@@ -373,6 +374,15 @@ def test_the_page_of_messages_is_up_to_date() -> None:
     tool = [sys.executable, str(ROOT / "tools" / "write_docs.py"), "--check"]
     done = subprocess.run(tool, capture_output=True, text=True, cwd=ROOT, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_the_installation_by_compose_is_closed_and_has_the_kafka_that_is_tested() -> None:
+    text = (ROOT / "docker-compose.yml").read_text()
+    lock = json.loads((ROOT / "connectors" / "kafka_jars.lock.json").read_text())
+    assert re.findall(r"image: apache/kafka:(\S+)", text) == [lock["kafka"]]
+    ports = [port for listed in re.findall(r"ports: \[(.*)\]", text) for port in listed.split(",")]
+    assert text.count("ports:") == len(ports) == 2
+    assert all(port.strip().startswith('"127.0.0.1:') for port in ports)
 
 
 # Packaging -----------------------------------------------------------------------------------------------------------

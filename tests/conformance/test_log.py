@@ -458,6 +458,19 @@ def test_an_uncommitted_reader_waits_for_nobody(bench: Bench) -> None:
     assert values(take(bench.reader({(COMMANDS, 0): BEGIN}, committed=False), 2)) == [b"open", b"plain"]
 
 
+def test_many_records_are_added_in_order_and_as_they_are(bench: Bench) -> None:
+    writer, member = bench.transactional(), bench.member()
+    many = [(None if n % 3 == 0 else b"k%d" % n, None if n % 5 == 0 else b"v%d" % n) for n in range(3_000)]
+    writer.begin()
+    writer.append(EVENTS, 0, b"first", b"1")
+    writer.append_all(EVENTS, 0, many)
+    writer.append(EVENTS, 0, b"last", b"2")
+    writer.append_all(EVENTS, 1, [])
+    writer.commit(member, {})
+    records = take(bench.reader({(EVENTS, 0): BEGIN}), 3_002)
+    assert [(r.key, r.value) for r in records] == [(b"first", b"1"), *many, (b"last", b"2")]
+
+
 def test_acknowledgements_in_a_transaction_name_the_offsets(bench: Bench) -> None:
     writer, member = bench.transactional(), bench.member()
     acks: list[tuple[int, InfrastructureError | None]] = []

@@ -245,7 +245,7 @@ def test_watch_prints_a_line_for_each_change_where_there_is_no_terminal(
     log: MemoryLog, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("perdure.cli_watch._EVERY_S", 0)
-    seen = [
+    seen: list[dict[str, Any]] = [
         {"progress": 0.0},
         {"progress": 0.5, "current_step": "reading"},
         {"progress": 0.5, "current_step": "reading"},

@@ -133,8 +133,8 @@ def test_a_child_that_is_not_clean_ends_and_takes_everything_along(tmp_path: Pat
         child = supervisor.spawn()
         ran = supervisor.run(child, what)
         assert not ran.idle
-        ended = ran.exited or supervisor.exit_of(child)
-        assert ended.exit_code == 0
+        assert ran.exited is not None
+        assert ran.exited.exit_code == 0
         if what.startswith("leaves_") and ran.result is not None:
             for pid in ran.result if isinstance(ran.result, list) else [ran.result]:
                 wait_until(lambda pid=pid: is_gone(pid), f"end of {pid}")  # type: ignore[misc]
@@ -144,8 +144,10 @@ def test_a_child_ends_after_its_last_task(tmp_path: Path) -> None:
     with supervising(tmp_path, FAMILY, max_tasks=2) as supervisor:
         child = supervisor.spawn()
         assert supervisor.run(child, "simple").idle
-        assert not supervisor.run(child, "simple").idle
-        assert supervisor.exit_of(child).exit_code == 0
+        second = supervisor.run(child, "simple")
+        assert not second.idle
+        assert second.exited is not None
+        assert second.exited.exit_code == 0
 
 
 def test_stop_ends_everything(tmp_path: Path) -> None:

@@ -8,12 +8,9 @@ from typing import Any
 import pytest
 
 from perdure import channel
-from perdure.children import Events, KillLadder, kill_ladder
-from perdure.reporter import Reporter
+from perdure.children import KillLadder, kill_ladder
 from perdure.schemas import codec
-from perdure.schemas.common import Policy, Retry
-from perdure.schemas.inbox import CancelAttempt, PauseAttempt, RunAttempt, StepPage
-from perdure.schemas.public import LogLine
+from perdure.schemas.inbox import RunAttempt, StepPage
 from perdure.schemas.reports import (
     AttemptCompleted,
     AttemptCrashed,
@@ -21,108 +18,11 @@ from perdure.schemas.reports import (
     AttemptFailed,
     AttemptStarted,
     AttemptStopped,
-    ReportBatch,
-    ReportProgress,
     ReportStep,
     SendSteps,
 )
-from perdure.session import Lane, Session
-from perdure.slots import FINISH_MS, SPARE, STRICT_GRACE_MS, Slots
-from perdure.streams.memory_log import MemoryLog
-from tests.unit.perdure.answering import KEYS
-from tests.unit.perdure.played import PlayedChild, PlayedServer
-
-TASK = "etl/1"
-
-
-class Bench:
-    """Slots over a played fork server, a log in memory, and a clock in the test's hands."""
-
-    def __init__(self, slots: int = 2, async_slots: int = 100) -> None:
-        self.now = 100_000
-        self.log = MemoryLog(lambda: self.now)
-        self.server = PlayedServer()
-        self.events = Events()
-        self.reporter = Reporter(self.log.producer(), KEYS.newest_worker(), "w", lambda: self.now)
-        self.lines: list[LogLine] = []
-        self.freed: list[str] = []
-        self.slots = Slots(
-            self.server, self.events, self.reporter, self._offer, {"work": "process", "poll": "async"},
-            {"process": slots, "async": async_slots}, self.freed.append, lambda: self.now, lambda: self.now,
-        )  # fmt: skip
-        lane = Lane("w", "process", {"work": 1}, slots)
-        self.session = Session(lane, 0, "s", ["etl"], slots, 0, heard=self.now, beat_due=0)
-        shared = Lane("w.async", "async", {"poll": 1}, async_slots)
-        self.shared = Session(shared, 0, "s2", ["etl"], async_slots, 0, heard=self.now, beat_due=0)
-        self.slots.open()
-
-    def _offer(self, partition: int, line: LogLine) -> bool:
-        self.lines.append(line)
-        return True
-
-    def turn(self, after_ms: int = 0) -> None:
-        """Let time pass, and everything that is ready happen."""
-        self.now += after_ms
-        self.slots.tick(self.now)
-        for _ in range(5):
-            self.events.wait(0)
-
-    def children(self, kind: str = "process") -> list[PlayedChild]:
-        return [c for c in self.server.children if c.kind == kind and c.alive]
-
-    def ready(self) -> None:
-        for child in self.server.children:
-            if child.alive and not child.greeted:
-                child.hello()
-        self.turn()
-
-    def take(self, task_id: str = TASK, task_type: str = "work", epoch: int = 1, **policy: Any) -> None:
-        session = self.shared if task_type == "poll" else self.session
-        self.slots.take(
-            session,
-            RunAttempt(
-                worker_id=session.lane.worker_id, session=session.id, grant=session.grants_seen + 1, task_id=task_id,
-                type=task_type, input=b'{"x":1}', policy=Policy(retry=Retry(), **policy), attempt=1, epoch=epoch,
-                token=b"secret",
-            ),
-        )  # fmt: skip
-        self.turn()
-
-    def begin(self, task_id: str = TASK, task_type: str = "work", **policy: Any) -> PlayedChild:
-        """An attempt that has started; the child that runs it."""
-        self.take(task_id, task_type, **policy)
-        for child in self.children("async" if task_type == "poll" else "process"):
-            if any(isinstance(f, channel.Run) and f.task_id == task_id for f in child.heard()):
-                child.say(channel.Started(task_id, 1, 1))
-                self.turn()
-                child.heard()
-                return child
-        raise AssertionError("no child has got the attempt")
-
-    def reports(self, *kinds: type) -> list[Any]:
-        found: list[Any] = []
-        for record in self.log.records("task-commands"):
-            assert record.value is not None
-            for entry in codec.decode_as(ReportBatch, record.value).entries:
-                found += [r for r in entry.reports if not kinds or isinstance(r, kinds)]
-        return found
-
-    def reported(self) -> dict[str, list[str]]:
-        found: dict[str, list[str]] = {}
-        for record in self.log.records("task-commands"):
-            assert record.value is not None
-            for entry in codec.decode_as(ReportBatch, record.value).entries:
-                assert entry.token == b"secret"
-                found.setdefault(entry.task_id, []).extend(type(r).__name__ for r in entry.reports)
-        return found
-
-    def cancel(self, reason: str = "cancelled: by you", grace_ms: int = 1_000, task_id: str = TASK) -> None:
-        self.slots.cancel(
-            CancelAttempt(worker_id="w", session="s", task_id=task_id, epoch=1, reason=reason, grace_ms=grace_ms)
-        )
-
-    def pause(self, *, undo: bool = False) -> None:
-        self.slots.pause(PauseAttempt(worker_id="w", session="s", task_id=TASK, epoch=1, undo=undo))
+from perdure.slots import FINISH_MS, SPARE
+from tests.unit.perdure.slots_bench import TASK, Bench, completed
 
 
 @pytest.fixture
@@ -131,10 +31,6 @@ def bench() -> Iterator[Bench]:
     yield made
     made.slots.close()
     made.events.close()
-
-
-def _completed(task_id: str = TASK) -> channel.Completed:
-    return channel.Completed(task_id, 1, 9, b"42", 12, 0.25)
 
 
 def test_an_attempt_runs_in_a_ready_child_and_hears_its_acknowledgements(bench: Bench) -> None:
@@ -171,7 +67,7 @@ def test_the_end_is_reported_when_the_pipes_are_read_and_the_child_is_idle(bench
     bench.ready()
     child = bench.begin()
     child.print("one\ntw")
-    child.say(_completed())
+    child.say(completed())
     bench.turn()
     child.print("o\n")
     child.print("careful\n", stream=1)
@@ -282,7 +178,7 @@ def test_a_result_that_comes_before_the_stop_counts(bench: Bench) -> None:
     bench.ready()
     child = bench.begin()
     bench.cancel()
-    child.say(_completed())
+    child.say(completed())
     child.give_up_pipes()
     child.say(channel.Idle())
     bench.turn()
@@ -353,7 +249,7 @@ def test_drain_asks_everyone_and_what_does_not_stop_is_killed_and_handed_back(be
 def test_a_child_that_hangs_after_its_attempt_is_killed_and_the_result_counts(bench: Bench) -> None:
     bench.ready()
     child = bench.begin()
-    child.say(_completed())
+    child.say(completed())
     bench.turn()
     bench.turn(FINISH_MS)
     assert bench.server.killed == [(child.name, signal.SIGKILL)]
@@ -442,89 +338,6 @@ def test_a_strict_task_is_killed_before_its_lease_may_be_over(bench: Bench) -> N
     bench.turn()
     assert [r.why for r in bench.reports(AttemptStopped)] == ["revoked"]
     assert other.alive
-
-
-# Async ---------------------------------------------------------------------------------------------------------------
-
-
-def test_async_attempts_share_one_child(bench: Bench) -> None:
-    bench.ready()
-    assert len(bench.children("async")) == 1
-    children = {bench.begin(f"etl/{i}", "poll").name for i in range(5)}
-    assert len(children) == 1
-    (child,) = bench.children("async")
-    child.say(channel.Line("etl/1", 1, 77, "stdout", "", "hello"), channel.Progress("etl/1", 1, 0.5))
-    child.say(_completed("etl/3"))
-    bench.turn()
-    assert [(line.task_id, line.at, line.text) for line in bench.lines] == [("etl/1", 77, "hello")]
-    assert [r.fraction for r in bench.reports(ReportProgress)] == [0.5]
-    assert bench.reported()["etl/3"] == ["AttemptStarted", "AttemptCompleted"]
-    assert bench.slots.free(bench.shared) == 96
-    assert bench.slots.free(bench.session) == 2, "the kinds are counted apart"
-
-
-def test_an_async_task_that_does_not_stop_takes_its_child_along_but_not_the_blame_of_others(bench: Bench) -> None:
-    bench.ready()
-    child = bench.begin("etl/1", "poll")
-    bench.begin("etl/2", "poll")
-    bench.cancel(grace_ms=1_000, task_id="etl/1")
-    assert [type(f) for f in child.heard()] == [channel.Stop]
-    bench.turn(1_999)
-    assert bench.server.killed == []
-    bench.turn(1)
-    assert bench.server.killed == [(child.name, signal.SIGKILL)], "SIGTERM would end the others as well"
-    child.die(signal=signal.SIGKILL)
-    bench.turn()
-    assert [r.why for r in bench.reports(AttemptStopped)] == ["cancelled"]
-    assert [r.innocent for r in bench.reports(AttemptCrashed)] == [True]
-    assert len(bench.children("async")) == 1
-
-
-def test_when_an_async_child_dies_by_itself_the_attempt_that_started_last_counts(bench: Bench) -> None:
-    bench.ready()
-    child = bench.begin("etl/1", "poll")
-    bench.begin("etl/2", "poll")
-    bench.take("etl/3", "poll")  # granted, but its code has not begun
-    child.die(signal=signal.SIGSEGV)
-    bench.turn()
-    assert [r.innocent for r in bench.reports(AttemptCrashed)] == [True, False, True]
-
-
-def test_a_revoked_async_attempt_is_asked_to_stop_and_then_takes_its_child_along(bench: Bench) -> None:
-    bench.ready()
-    child = bench.begin("etl/1", "poll", cancel_grace=1_000)
-    bench.begin("etl/2", "poll", cancel_grace=1_000)
-    bench.slots.revoke("etl/1", 1)
-    bench.slots.revoke("etl/2", 1)
-    assert [type(f) for f in child.heard()] == [channel.Stop, channel.Stop]
-    child.say(channel.Stopped("etl/1", 1, 2, "cancelled", 1, 0.0))
-    bench.turn()
-    bench.turn(2_000)
-    assert bench.server.killed == [(child.name, signal.SIGKILL)]
-    child.die(signal=signal.SIGKILL)
-    bench.turn()
-    assert bench.reported() == {"etl/1": ["AttemptStarted"], "etl/2": ["AttemptStarted"]}
-
-
-def test_a_strict_async_task_is_asked_first(bench: Bench) -> None:
-    bench.ready()
-    child = bench.begin("etl/1", "poll", strict_lease=True)
-    bench.turn(8_001)
-    assert [type(f) for f in child.heard()] == [channel.Stop]
-    child.say(channel.Stopped("etl/1", 1, 2, "cancelled", 1, 0.0))
-    bench.turn()
-    bench.turn(STRICT_GRACE_MS)
-    assert bench.server.killed == []
-    assert [r.why for r in bench.reports(AttemptStopped)] == ["revoked"]
-
-
-def test_all_grants_of_a_session_are_given_up_together(bench: Bench) -> None:
-    bench.ready()
-    mine = bench.begin("etl/1")
-    bench.begin("etl/2", "poll")
-    bench.slots.give_up(bench.session)
-    assert bench.server.killed == [(mine.name, signal.SIGKILL)]
-    assert bench.slots.running() == ["etl/2"]
 
 
 @pytest.mark.parametrize(

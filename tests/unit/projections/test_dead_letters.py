@@ -83,6 +83,16 @@ def test_a_redrive_without_new_input_keeps_the_old_one() -> None:
     assert last.input == b'{"path":"x"}'
 
 
+def test_a_redriven_task_that_never_runs_again_made_no_attempt() -> None:
+    story = failed()
+    story.then(events.TaskRedriven)
+    story.then(events.TaskTimedOut, which="queue")
+    story.then(events.TaskDeadLettered, state="TIMED_OUT", error=None)
+    last = published(story.events)[-1]
+    assert last is not None
+    assert (last.attempts, last.redrives, last.state) == (0, 1, "TIMED_OUT")
+
+
 def test_a_discarded_letter_is_off_the_list_once() -> None:
     story = failed()
     story.then(events.DeadLetterDiscarded)
@@ -94,7 +104,6 @@ def test_a_discarded_letter_is_off_the_list_once() -> None:
 def test_a_task_that_ends_well_leaves_nothing_behind(end: type[events.TaskEvent]) -> None:
     story, tx = Story().running(), FakeTransaction()
     story.then(end)
-    story.then(events.TaskRetired)
     for fact in story.events:
         DeadLetterProcessor().handle(on_topic(encode(fact)), tx)
     assert tx.emitted == []

@@ -1,0 +1,213 @@
+"""Consumers on Kafka: of chosen partitions, or as members of a group.
+
+Positions are always given: nothing is ever reset silently.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from confluent_kafka import (
+    OFFSET_BEGINNING,
+    OFFSET_END,
+    Consumer,
+    ConsumerGroupTopicPartitions,
+    KafkaError,
+    Message,
+    TopicPartition,
+)
+
+from perdure.schemas.errors import InfrastructureError
+from perdure.streams.kafka_connection import CALL_S, Connection, patiently, quiet
+from perdure.streams.log import BEGIN, END, Record
+from perdure.streams.log import TopicPartition as Where
+
+_CONSUMER: dict[str, Any] = {
+    "enable.auto.commit": False,
+    "enable.auto.offset.store": False,
+    "auto.offset.reset": "error",
+    "fetch.queue.backoff.ms": 10,
+    "fetch.error.backoff.ms": 50,
+    # A partition that has just been drained joins the next fetch; the one under way must not wait long for others.
+    "fetch.wait.max.ms": 100,
+    "queued.max.messages.kbytes": 16_384,
+    "enable.partition.eof": True,
+}
+
+_OFFSETS = {BEGIN: OFFSET_BEGINNING, END: OFFSET_END}
+
+
+def _record(log: Connection, message: Message) -> Record:
+    _, at = message.timestamp()
+    topic, partition, offset = message.topic(), message.partition(), message.offset()
+    assert topic is not None, "a consumed message has a place"
+    assert partition is not None, "a consumed message has a place"
+    assert offset is not None, "a consumed message has a place"
+    return Record(log.plain(topic), partition, offset, at, message.key(), message.value())
+
+
+class _Consuming:
+    """Reading with a consumer: records, ends of partitions, errors."""
+
+    _consumer: Consumer
+
+    def __init__(self, log: Connection) -> None:
+        self._log = log
+        self._ends: dict[Where, int] = {}
+        self._nexts: dict[Where, int] = {}
+
+    def read(self, max_records: int, timeout_s: float) -> list[Record]:
+        messages: list[Message] = []
+        first = self._consumer.poll(timeout_s)
+        if first is not None:
+            messages.append(first)
+            if max_records > 1:
+                messages += self._consumer.consume(max_records - 1, 0.001)
+        return [r for m in messages if (r := self._sort(m)) is not None]
+
+    def _sort(self, message: Message) -> Record | None:
+        error = message.error()
+        if error is None:
+            record = _record(self._log, message)
+            self._nexts[record.topic, record.partition] = record.offset + 1
+            return record
+        if error.code() == KafkaError._PARTITION_EOF:
+            self._ends[self._log.plain(str(message.topic())), message.partition() or 0] = message.offset() or 0
+            return None
+        if error.code() == KafkaError._AUTO_OFFSET_RESET:
+            raise InfrastructureError(
+                f"offset of {message.topic()}/{message.partition()} is outside of the log: {error.str()}. Records were "
+                f"deleted before they were read, or the topic was replaced"
+            )
+        if error.fatal() or error.code() in (
+            KafkaError.TOPIC_AUTHORIZATION_FAILED,
+            KafkaError.GROUP_AUTHORIZATION_FAILED,
+        ):
+            raise InfrastructureError(f"reading {message.topic()}: {error.str()}")
+        return None  # a lost connection and the like: librdkafka goes on by itself
+
+    def close(self) -> None:
+        self._consumer.close()
+
+
+class KafkaReader(_Consuming):
+    """A consumer in no group."""
+
+    def __init__(self, log: Connection, committed: bool) -> None:
+        super().__init__(log)
+        level = "read_committed" if committed else "read_uncommitted"
+        own = {"group.id": f"{log.prefix}reader", "isolation.level": level, "error_cb": quiet}
+        self._consumer = Consumer(log.config(_CONSUMER, own))
+
+    def assign(self, positions: Mapping[Where, int]) -> None:
+        self._ends.clear()
+        self._nexts = {w: o for w, o in positions.items() if o >= 0}
+        self._consumer.assign(
+            [TopicPartition(self._log.prefix + t, p, _OFFSETS.get(o, o)) for (t, p), o in positions.items()]
+        )
+
+    def bounds(self, topic: str, partition: int) -> tuple[int, int]:
+        # A read_committed consumer would answer with the last stable offset.
+        return self._log.offsets(topic, partition)
+
+    def caught_up(self, topic: str, partition: int, target: int) -> bool:
+        where = (topic, partition)
+        return max(self._ends.get(where, 0), self._nexts.get(where, 0)) >= target
+
+
+class KafkaMember(_Consuming):
+    """A consumer in a group: classic protocol, range assignor, static membership where an instance id is given.
+
+    A call on the consumer waits for a poll under way on another thread, for as long as polls follow each other. So the
+    consumer belongs to the thread that reads; what other threads ask of it is done at the beginning of the next read.
+    """
+
+    def __init__(
+        self,
+        log: Connection,
+        group: str,
+        topics: Iterable[str],
+        instance: str | None,
+        committed: bool,
+        on_assigned: Callable[[list[Where]], None],
+        on_revoked: Callable[[list[Where], bool], None],
+    ) -> None:
+        super().__init__(log)
+        self.group = log.prefix + group
+        own: dict[str, Any] = {
+            "group.id": self.group, "partition.assignment.strategy": "range", "session.timeout.ms": 10_000,
+            "heartbeat.interval.ms": 1_000, "isolation.level": "read_committed" if committed else "read_uncommitted",
+            "max.poll.interval.ms": 300_000, "error_cb": quiet, "fetch.wait.max.ms": 100,
+        }  # fmt: skip
+        if instance is not None:
+            own["group.instance.id"] = instance
+        self._consumer = Consumer(log.config(_CONSUMER, own))
+        self._on_assigned, self._on_revoked = on_assigned, on_revoked
+        self._asked: deque[Callable[[], Any]] = deque()
+        self._metadata: Any = None
+        self._owner = 0
+        self._consumer.subscribe(
+            [log.prefix + t for t in topics],
+            on_assign=self._assigned, on_revoke=self._revoked, on_lost=self._lost,
+        )  # fmt: skip
+
+    def group_metadata(self) -> Any:
+        """What fences a member of an older generation, as of the last poll: generations change in polls only."""
+        return self._metadata
+
+    def read(self, max_records: int, timeout_s: float) -> list[Record]:
+        self._owner = threading.get_ident()
+        while self._asked:
+            self._asked.popleft()()
+        found = super().read(max_records, timeout_s)
+        self._metadata = self._consumer.consumer_group_metadata()
+        return found
+
+    def committed(self, wanted: Iterable[Where]) -> dict[Where, int | None]:
+        # Asked by a client of its own: a consumer answers only from the thread that polls it.
+        asked = ConsumerGroupTopicPartitions(self.group, [TopicPartition(self._log.prefix + t, p) for t, p in wanted])
+        answer = self._log.admin().list_consumer_group_offsets([asked], require_stable=True, request_timeout=CALL_S)
+        found = patiently(lambda: answer[self.group].result(), f"no committed offsets of group {self.group}")
+        return {
+            (self._log.plain(f.topic), f.partition): f.offset if f.offset >= 0 else None
+            for f in found.topic_partitions or []
+        }
+
+    def seek(self, topic: str, partition: int, offset: int) -> None:
+        where = TopicPartition(self._log.prefix + topic, partition, _OFFSETS.get(offset, offset))
+        # Right after an assignment the partition's fetcher may not have started yet.
+        self._ask(lambda: patiently(lambda: self._consumer.seek(where), f"seek {topic}/{partition} to {offset}"))
+
+    def pause(self, wanted: Iterable[Where]) -> None:
+        partitions = [TopicPartition(self._log.prefix + t, p) for t, p in wanted]
+        self._ask(lambda: self._consumer.pause(partitions))
+
+    def resume(self, wanted: Iterable[Where]) -> None:
+        partitions = [TopicPartition(self._log.prefix + t, p) for t, p in wanted]
+        self._ask(lambda: self._consumer.resume(partitions))
+
+    def _ask(self, call: Callable[[], Any]) -> None:
+        if threading.get_ident() == self._owner:
+            call()
+        else:
+            self._asked.append(call)
+
+    def _assigned(self, consumer: Consumer, partitions: list[TopicPartition]) -> None:
+        # Where the group has no position the log's first record is meant; anything else out of range is an error.
+        known = self.committed([(self._log.plain(p.topic), p.partition) for p in partitions])
+        for p in partitions:
+            offset = known[self._log.plain(p.topic), p.partition]
+            p.offset = OFFSET_BEGINNING if offset is None else offset
+        consumer.assign(partitions)
+        self._on_assigned([(self._log.plain(p.topic), p.partition) for p in partitions])
+
+    def _revoked(self, consumer: Consumer, partitions: list[TopicPartition]) -> None:
+        self._on_revoked([(self._log.plain(p.topic), p.partition) for p in partitions], False)
+        consumer.unassign()
+
+    def _lost(self, consumer: Consumer, partitions: list[TopicPartition]) -> None:
+        self._on_revoked([(self._log.plain(p.topic), p.partition) for p in partitions], True)
+        consumer.unassign()

@@ -1,0 +1,157 @@
+"""Producers on Kafka: idempotent with `acks=all`, alone or in transactions.
+
+They never buffer for long (`linger.ms=0`, Nagle off): a commit flushes anyway, and a single append should not wait.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from confluent_kafka import KafkaError, KafkaException, Message, Producer, TopicPartition
+
+from perdure.schemas import limits
+from perdure.schemas.errors import InfrastructureError, Unreachable, ValueTooLarge
+from perdure.streams.kafka_connection import CALL_S, Connection, quiet, sorted_error
+from perdure.streams.log import OnAck, TransactionAborted
+from perdure.streams.log import TopicPartition as Where
+
+_SLOW_COMMIT_S = 0.35
+_PRODUCER: dict[str, Any] = {
+    "enable.idempotence": True,
+    "acks": "all",
+    "linger.ms": 0,
+    "partitioner": "murmur2_random",
+    "message.max.bytes": limits.TOPIC_RECORD_MAX + 65_536,
+    "queue.buffering.max.messages": 500_000,
+}
+
+
+def _hand_over(
+    producer: Producer, topic: str, partition: int, key: bytes | None, value: bytes | None, on_ack: OnAck | None
+) -> None:
+    """Produce, waiting while the local queue is full. Raises `ValueTooLarge`."""
+    callback = None if on_ack is None else _acknowledge(on_ack)
+    while True:
+        try:
+            producer.produce(topic, value=value, key=key, partition=partition, on_delivery=callback)
+            return
+        except BufferError:
+            producer.poll(0.05)
+        except KafkaException as error:
+            if error.args[0].code() == KafkaError.MSG_SIZE_TOO_LARGE:
+                raise ValueTooLarge(f"a record of {len(value or b''):,} bytes for {topic} is larger than a topic takes",
+                                    field="record") from error  # fmt: skip
+            raise sorted_error(error, f"append to {topic}") from error
+
+
+def _acknowledge(on_ack: OnAck) -> Callable[[KafkaError | None, Message], None]:
+    def delivered(error: KafkaError | None, message: Message) -> None:
+        if error is None:
+            on_ack(message.offset() or 0, None)
+        else:
+            on_ack(-1, InfrastructureError(f"not appended to {message.topic()}: {error.str()}"))
+
+    return delivered
+
+
+class KafkaProducer:
+    """An idempotent producer and the thread that serves its acknowledgements."""
+
+    def __init__(self, log: Connection) -> None:
+        self._log = log
+        self._producer = Producer(
+            log.config(_PRODUCER, {"message.timeout.ms": 86_400_000, "error_cb": quiet, "linger.ms": 0})
+        )
+        self._open = True
+        self._thread = threading.Thread(target=self._serve, name="kafka-acks", daemon=True)
+        self._thread.start()
+
+    def append(
+        self, topic: str, partition: int, key: bytes | None, value: bytes | None, on_ack: OnAck | None = None
+    ) -> None:
+        _hand_over(self._producer, self._log.prefix + topic, partition, key, value, on_ack)
+
+    def flush(self, timeout_s: float) -> bool:
+        return int(self._producer.flush(timeout_s)) == 0
+
+    def close(self) -> None:
+        self._producer.flush(5.0)
+        self._open = False
+        self._thread.join(5.0)
+
+    def _serve(self) -> None:
+        while self._open:
+            self._producer.poll(0.2)
+
+
+class KafkaTransactional:
+    """A transactional producer; takes a fresh epoch by itself when a commit was slow (see `_SLOW_COMMIT_S`)."""
+
+    def __init__(self, log: Connection, name: str) -> None:
+        self._log, self._name = log, name
+        self._suspect = False
+        self._producer = self._create()
+
+    def _create(self) -> Producer:
+        producer = Producer(self._log.config(_PRODUCER, {
+            "transactional.id": self._log.prefix + self._name, "transaction.timeout.ms": 15_000,
+            "message.timeout.ms": 15_000, "retry.backoff.ms": 500, "error_cb": quiet,
+        }))  # fmt: skip
+        try:
+            producer.init_transactions(60.0)
+        except KafkaException as error:
+            raise Unreachable(
+                f"no transactions for {self._name} on {self._log.bootstrap}: {error.args[0].str()}"
+            ) from error
+        return producer
+
+    def begin(self) -> None:
+        if self._suspect:
+            self._producer = self._create()
+            self._suspect = False
+        self._call("begin", self._producer.begin_transaction)
+
+    def append(
+        self, topic: str, partition: int, key: bytes | None, value: bytes | None, on_ack: OnAck | None = None
+    ) -> None:
+        _hand_over(self._producer, self._log.prefix + topic, partition, key, value, on_ack)
+
+    def append_all(self, topic: str, partition: int, records: Sequence[tuple[bytes | None, bytes | None]]) -> None:
+        messages: list[dict[str, Any]] = [{"key": k, "value": v} for k, v in records]
+        if self._producer.produce_batch(self._log.prefix + topic, messages, partition) != len(messages):
+            first = next(m["_error"] for m in messages if "_error" in m)
+            raise TransactionAborted(f"not all of {len(messages)} records for {topic} could be handed over: {first}")
+
+    def commit(self, member: Any, offsets: Mapping[Where, int]) -> None:
+        positions = [TopicPartition(self._log.prefix + t, p, o) for (t, p), o in offsets.items()]
+        self._call(
+            "send offsets",
+            lambda: self._producer.send_offsets_to_transaction(positions, member.group_metadata(), CALL_S),
+        )
+        self._producer.flush(15.0)
+        began = time.monotonic()
+        self._call("commit", lambda: self._producer.commit_transaction(30.0))
+        self._suspect = time.monotonic() - began >= _SLOW_COMMIT_S
+
+    def abort(self) -> None:
+        began = time.monotonic()
+        self._call("abort", lambda: self._producer.abort_transaction(30.0))
+        self._suspect = time.monotonic() - began >= _SLOW_COMMIT_S
+
+    def close(self) -> None:
+        self._producer.purge()
+        self._producer.flush(0.5)
+
+    def _call(self, doing: str, call: Callable[[], Any]) -> None:
+        """Call, and again while the error is retriable. Raises ours."""
+        deadline = time.monotonic() + 60.0
+        while True:
+            try:
+                call()
+                return
+            except KafkaException as error:
+                if not (error.args[0].retriable() and time.monotonic() < deadline):
+                    raise sorted_error(error, f"{doing} ({self._name})") from error
