@@ -1,6 +1,6 @@
 """Perdure: durable long-running tasks on Kafka.
 
-Layout: `task`, `Retry`, `Context` for authors of tasks; `Client`, `LongRunningTask`, `TaskQueue` for those who submit them;
+Layout: `task`, `Retry`, `Context` for authors of tasks; `Client`, `LongRunningTask`, `TaskQueue` for who submits them;
 `errors` for both. Names are imported when they are first used: `import perdure` alone costs nothing.
 """
 

@@ -224,7 +224,7 @@ class Unpacker:
         while len(self._buffer) >= 4:
             size = int.from_bytes(self._buffer[:4], "big")
             if size > FRAME_MAX:
-                raise InfrastructureError(f"a frame of {size:,} bytes on the worker's local socket; at most {FRAME_MAX:,}")
+                raise InfrastructureError(f"a frame of {size:,} bytes on a worker's socket; at most {FRAME_MAX:,}")
             if len(self._buffer) < 4 + size:
                 return
             body = bytes(self._buffer[4 : 4 + size])

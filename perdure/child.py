@@ -128,8 +128,6 @@ class Wire:
         self._socket = sock
         self._connection = Connection(sock, child=True)
         self._unpacker = Unpacker(child=True)
-        self._poller = select.poll()
-        self._poller.register(sock, select.POLLIN)
         self.relay = ProgressRelay(self._connection)
 
     def fileno(self) -> int:
@@ -150,7 +148,9 @@ class Wire:
 
     def ready(self, timeout_ms: int | None = 0) -> bool:
         """Whether `read` would not block; waits for at most `timeout_ms`, None: until it is so."""
-        return bool(self._poller.poll(timeout_ms))
+        poller = select.poll()  # a new one each time: a signal handler may ask while this waits
+        poller.register(self._socket, select.POLLIN)
+        return bool(poller.poll(timeout_ms))
 
     def read(self) -> tuple[bytes, list[int]]:
         """Bytes for `frames`, and descriptors that came with them. Blocks."""
@@ -254,6 +254,16 @@ class ProcessChild:
         stop = self._attempt.interrupt() if self._attempt is not None else None
         if stop is not None:
             raise stop
+        print(
+            "DBG",
+            self._attempt,
+            self._attempt and (self._attempt._running, self._attempt._stops, self._attempt.exchange._reader),
+            threading.get_ident(),
+            self._wire.ready(),
+            file=sys.__stderr__,
+            flush=True,
+        )
+        traceback.print_stack(_frame)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         os.kill(os.getpid(), signal.SIGTERM)
 

@@ -60,12 +60,15 @@ class Kit:
     """A whole namespace for one test. Its methods are for the thread that made it, and most of them also for the tasks
     that run in it: a step may call `kit.kill_task` to die right there.
 
-    tasks: modules, registries or functions; functions need no `@task`. partitions: of each topic. slots: tasks of each
-    kind (sync, async) that run at the same time.
+    tasks: modules, registries or functions; functions need no `@task`. queues: those that the worker serves; None for
+    those of the tasks. slots: tasks of each kind (sync, async) that run at the same time. partitions: of each topic.
     """
 
-    def __init__(self, tasks: Iterable[Tasks], *, partitions: int = 2, slots: int = 8) -> None:
+    def __init__(
+        self, tasks: Iterable[Tasks], *, queues: Iterable[str] | None = None, slots: int = 8, partitions: int = 2
+    ) -> None:
         self._types = _types(tasks)
+        self._queues = [found.queue for found in self._types.values()] if queues is None else list(queues)
         self._slots = slots
         self._home = threading.current_thread()
         self._clock = VirtualClock()
@@ -280,7 +283,7 @@ class Kit:
         self._lives += 1
         self._worker = InlineWorker(
             self._log, self._keys.newest_worker(), self._types, self._versions, clock=self._clock, store=self._store,
-            slots=self._slots, life=self._lives, watch=self._watch, dropped=self._dropped,
+            queues=self._queues, slots=self._slots, life=self._lives, watch=self._watch, dropped=self._dropped,
         )  # fmt: skip
 
     def _living(self) -> InlineWorker:

@@ -10,7 +10,7 @@ import io
 import logging
 import sys
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from functools import partial
 from typing import Any, TextIO
@@ -195,6 +195,7 @@ class InlineWorker:
         *,
         clock: VirtualClock,
         store: CheckpointStore,
+        queues: Iterable[str],
         slots: int,
         life: int,
         watch: Watch,
@@ -212,7 +213,7 @@ class InlineWorker:
         self._attempts: dict[tuple[str, int], InlineAttempt] = {}
         self._dropped = dropped
         self._reader = log.reader()
-        routing = routing_by_partition((t.queue for t in types.values()), {}, log.partitions)
+        routing = routing_by_partition(queues, {}, log.partitions)
         ends = {p: self._reader.bounds(topics.INBOX.name, p)[1] for p in routing}
         self._reader.assign({(topics.INBOX.name, p): end for p, end in ends.items()})
         for executor in ("process", "async"):

@@ -28,6 +28,8 @@ from perdure.schemas.records import avro_schema, field_types, registered
 
 MARKER = b"\xc3\x01"
 HEADER = 10
+_READ: dict[str, Any] = {"return_record_name": True, "return_record_name_override": True}
+"""Members of unions of records come with their names, all others as they are."""
 R = TypeVar("R")
 
 assert messages.__all__, "importing messages registers every record class"
@@ -105,7 +107,7 @@ def decode(data: bytes) -> Any:
     body = io.BytesIO(data)
     body.seek(HEADER)
     try:
-        datum: Any = schemaless_reader(body, known.parsed, None, return_record_name=True, return_record_name_override=True)
+        datum: Any = schemaless_reader(body, known.parsed, None, **_READ)
         message = known.from_datum(datum)
     except Exception as error:  # fastavro raises many kinds on bad bytes; all mean the same here
         raise DecodeError(f"bad {known.cls.__name__}: {type(error).__name__}: {error}") from error

@@ -27,7 +27,7 @@ class Retry:
     delay: A[int, "Pause before the first retry, ms."] = 1_000
     max_delay: A[int, "Upper bound of the pause, ms."] = 300_000
     jitter: A[bool, "Whether the pause is drawn from [pause / 2, pause], derived from task and attempt."] = True
-    retry_on: A[list[str] | None, "Class names, bare or dotted, along the error's MRO that are retried; null: all."] = None
+    retry_on: A[list[str] | None, "Class names, bare or dotted, in the error's MRO that are retried; null: all."] = None
     never_on: A[list[str] | None, "Class names that are never retried; they win over retry_on."] = None
 
 
@@ -45,7 +45,7 @@ class Policy:
     on_failure: A[str | None, "task:<type> or notify:<target>, acted on when the task fails for good."] = None
     on_success: A[str | None, "task:<type> or notify:<target>, acted on when the task completes."] = None
     on_shutdown: A[str, "drain: back to the queue; pause: PAUSED until resumed."] = "drain"
-    step_mismatch: A[str, "warn, fail or rerun, when a recorded step is asked for with other code or arguments."] = "warn"
+    step_mismatch: A[str, "warn, fail or rerun, if a recorded step is asked for with other code or arguments."] = "warn"
     strict_lease: A[bool, "Whether the task is stopped before its lease could end unheard."] = False
     cancel_grace: A[int, "Time between a cooperative stop and SIGTERM, and again until SIGKILL, ms."] = 10_000
     executor: A[str, "process or async."] = "process"

@@ -47,7 +47,7 @@ class TaskSubmitted(TaskEvent):
     content_hash: A[str, "Digest of all the submitter said; tells a repeat from another task of the same id."]
     input_hash: A[str, "Digest of type and input; tells a repeat from another task of the same key."]
     policy: A[Policy | None, "How it is run, overrides included; null: bound when the type becomes known."] = None
-    policy_version: A[int | None, "Version of the type's configuration; while policy is null, the lowest acceptable."] = None
+    policy_version: A[int | None, "Version of the type's configuration; without policy, the lowest accepted."] = None
     priority: A[int, "0 to 9, higher first."] = 5
     not_before: A[int | None, "Earliest start, ms since 1970."] = None
     submitted_by: A[str, "Who asked."] = ""
@@ -373,7 +373,7 @@ class ForwardAcknowledged(PartitionEvent):
 
 @record("events")
 class ClockAdjusted(PartitionEvent):
-    """Partition time and log time differ by another amount from here: the log's clock jumped, or a jump was confirmed."""
+    """Partition time and log time differ by another amount: the log's clock jumped, or a jump was confirmed."""
 
     offset: A[int, "Partition time minus log time, ms."]
     unconfirmed: A[int, "Part of a forward jump that no agreeing tick has confirmed, ms."]

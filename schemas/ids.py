@@ -67,7 +67,7 @@ def check_local_id(local_id: str, field: str = "task_id") -> str:
     size = len(local_id.encode("utf-8", "surrogatepass"))
     if not local_id or size > limits.LOCAL_ID_MAX or "\x00" in local_id or not _is_text(local_id):
         raise InvalidRequest(
-            f"{field}: a local id is 1 to {limits.LOCAL_ID_MAX} bytes of text without NUL, got {size} bytes", field=field
+            f"{field}: a local id is 1 to {limits.LOCAL_ID_MAX} bytes of text without NUL, not {size}", field=field
         )
     return local_id
 

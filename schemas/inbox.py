@@ -45,7 +45,7 @@ class RunAttempt:
     run_timeout_left: A[int | None, "What is left of the run timeout, ms."] = None
     agent_config: A[Json | None, "Configuration for ctx.config."] = None
     milestones: A[list[str], "Milestones reached before."] = field(default_factory=list)
-    begun_steps: A[list[str], "At-most-once steps that began and never ended: their outcome is unknown."] = field(default_factory=list)
+    begun_steps: A[list[str], "At-most-once steps that began and never ended."] = field(default_factory=list)
     resources: A[Json | None, "Resources asked for."] = None
     labels: A[dict[str, str], "The task's labels."] = field(default_factory=dict)
 

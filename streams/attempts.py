@@ -138,7 +138,8 @@ def _progress(s: State, m: Moment, task_id: str, report: reports.ReportProgress)
     yield Telemetry(
         ProgressReported(
             task_id=task_id, at=m.at, cause=m.cause, epoch=t.epoch, attempt=t.attempt, worker_id=t.worker_id,
-            fraction=new.fraction, current_step=new.current_step, units_done=new.units_done, units_total=new.units_total,
+            fraction=new.fraction, current_step=new.current_step,
+            units_done=new.units_done, units_total=new.units_total,
         )
     )  # fmt: skip
 

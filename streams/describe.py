@@ -19,6 +19,15 @@ _WORDS = {
 }
 
 
+_DOING = {
+    "none": "runs",
+    "pausing": "stops at its next boundary to pause",
+    "draining": "hands back to the queue",
+    "cancelling": "is being cancelled",
+    "timing_out": "is being stopped: time ran out",
+}
+
+
 def status_reply(s: State, m: Moment, task_id: str, *, client_id: str, command_id: str) -> CommandReply:
     """The answer to a query about a task that exists."""
     body = json.dumps(status(s, m, task_id), separators=(",", ":"), ensure_ascii=False).encode()
@@ -30,12 +39,12 @@ def status(s: State, m: Moment, task_id: str) -> dict[str, Any]:
     t, spec, live = s.known(task_id), s.spec(task_id), s.live(task_id)
     result = s.get(tables.task(task_id), tables.RESULT)
     end = t.finished_at if t.finished_at is not None else m.at
-    reason = pending_reason(s, m, t, spec)
+    reason = pending_reason(s, t, spec)
     done = t.state == "COMPLETED"
     fraction = 1.0 if done else (live.fraction if live else None)
     if fraction is None and live and live.units_total and live.units_done is not None:
         fraction = min(1.0, live.units_done / live.units_total)
-    eta = _eta_seconds(s, m, t, spec, fraction)
+    eta = _eta_seconds(m, t, spec, fraction)
     return {
         "task_id": task_id, "type": spec.type, "queue": spec.queue, "state": t.state, "reason": reason,
         "stopping": t.stopping, "priority": spec.priority, "labels": spec.labels,
@@ -58,7 +67,7 @@ def status(s: State, m: Moment, task_id: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def pending_reason(s: State, m: Moment, t: TaskState, spec: TaskSpec) -> str:
+def pending_reason(s: State, t: TaskState, spec: TaskSpec) -> str:
     """The stored reason, or for a task in the queue what keeps it there now."""
     if t.state != "PENDING" or not t.ready or t.reason == "drained":
         return t.reason
@@ -78,8 +87,7 @@ def why(s: State, m: Moment, task_id: str, reason: str) -> str:
             text += ": every slot is taken"
         return text
     if t.state == "RUNNING":
-        doing = {"none": "runs", "pausing": "stops at its next boundary to pause", "draining": "hands back to the queue",
-                 "cancelling": "is being cancelled", "timing_out": "is being stopped: time ran out"}[t.stopping]  # fmt: skip
+        doing = _DOING[t.stopping]
         session = s.sessions.get(t.session)
         silent = "" if session is None or session.state != "suspect" else "; the worker has not been heard of lately"
         return f"{doing} on worker {t.worker_id}, attempt {t.attempt}, epoch {t.epoch}{silent}"
@@ -95,7 +103,7 @@ def _able(s: State, spec: TaskSpec) -> list[Any]:
     return [w for w in s.sessions.values() if w.state == "live" and spec.queue in w.queues and spec.type in w.types]
 
 
-def _eta_seconds(s: State, m: Moment, t: TaskState, spec: TaskSpec, fraction: float | None) -> float | None:
+def _eta_seconds(m: Moment, t: TaskState, spec: TaskSpec, fraction: float | None) -> float | None:
     """Remaining time at the pace so far; the submitter's estimate before there is a pace."""
     if t.finished_at is not None:
         return None

@@ -42,7 +42,7 @@ def apply(s: State, event: Any) -> None:
 
 
 class _Task:
-    """A task's state while an event changes it: rows that hang on it are written at once, the state itself by `save`."""
+    """A task's state while an event changes it: rows that hang on it are written at once, itself by `save`."""
 
     def __init__(self, s: State, event: Any) -> None:
         self.s, self.event, self.id = s, event, event.task_id

@@ -140,7 +140,7 @@ class KafkaMember(_Consuming):
         own: dict[str, Any] = {
             "group.id": self.group, "partition.assignment.strategy": "range", "session.timeout.ms": 10_000,
             "heartbeat.interval.ms": 1_000, "isolation.level": "read_committed" if committed else "read_uncommitted",
-            "max.poll.interval.ms": 300_000, "error_cb": quiet, "fetch.wait.max.ms": 100,
+            "max.poll.interval.ms": 300_000, "error_cb": quiet,
         }  # fmt: skip
         if instance is not None:
             own["group.instance.id"] = instance

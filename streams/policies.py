@@ -29,12 +29,12 @@ def of_type(s: State, task_type: str, overrides: bytes | None) -> Policy:
     """The policy of a type whose configuration is applied, with the submitter's settings laid over it."""
     known = s.config("type/" + task_type)
     assert known is not None, f"type {task_type} is not configured"
-    version, content = known
-    return _of_version(task_type, version, json.dumps(content.get("policy", {})), overrides)
+    _, content = known
+    return _parsed(json.dumps(content.get("policy", {})), overrides)
 
 
 @lru_cache(maxsize=1_024)
-def _of_version(task_type: str, version: int, stated: str, overrides: bytes | None) -> Policy:
+def _parsed(stated: str, overrides: bytes | None) -> Policy:
     return _over(policy_from_json(json.loads(stated)), overrides)
 
 

@@ -1,7 +1,8 @@
 """Key layout of the engine's state.
 
-A key is a scope and a suffix. A scope is what is ever scanned as a whole; texts inside keys are written with FoundationDB's
-tuple rule (NUL becomes NUL FF, the text ends with one NUL), so no text can reach into another's keys and order is kept.
+A key is a scope and a suffix. A scope is what is ever scanned as a whole. Texts inside keys are written with
+FoundationDB's tuple rule (NUL becomes NUL FF, the text ends with one NUL), so no text can reach into another's keys and
+order is kept.
 All keys of a task lie in one scope, its steps as keys of their own.
 """
 

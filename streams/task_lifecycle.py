@@ -1,7 +1,7 @@
 """The life of a task: which state may follow which, and what each command and each end of an attempt leads to.
 
 Pause, cancel, timeout and drain of a running task only mark it as stopping: reports of its epoch still count until the
-attempt has ended; then the mark decides where the task goes (`after_end`). A completion that is earlier in the log wins.
+attempt has ended; then the mark decides where the task goes. A completion that is earlier in the log wins.
 """
 
 from __future__ import annotations

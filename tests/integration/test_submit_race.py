@@ -36,10 +36,11 @@ def test_the_decorators_retry_policy_holds_whenever_the_task_is_submitted(stack:
     handles.append(stack.client.submit("flaky"))  # by now the client knows the queue by itself
 
     assert {stack.result(handle) for handle in handles} == {3}
+    events = stack.messages("task-events", "TaskSubmitted", "TaskPolicyBound", "AttemptFailed")
     for handle in handles:
-        assert len(stack.events(handle.id, "AttemptFailed")) == 2
-        (submitted,) = stack.events(handle.id, "TaskSubmitted")
-        bound = [e.policy for e in (submitted, *stack.events(handle.id, "TaskPolicyBound")) if e.policy is not None]
+        mine = [e for e in events if e.task_id == handle.id]
+        assert sum(type(e).__name__ == "AttemptFailed" for e in mine) == 2
+        bound = [policy for e in mine if (policy := getattr(e, "policy", None)) is not None]
         assert [policy.retry.max_attempts for policy in bound] == [3], "bound once, at the submit or later"
     (first,) = stack.events(early.id, "TaskPolicyBound")
     assert first.policy_version > 0

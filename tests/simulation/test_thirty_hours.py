@@ -167,7 +167,7 @@ def test_thirty_hours_and_fifty_deaths(seed: int) -> None:
         steps[item] += 1
         return item * item
 
-    with Kit([marathon]) as kit:
+    with Kit([marathon], partitions=1) as kit:
         handle = kit.submit(marathon)
         moments = sorted(dice.uniform(0, HOURS * 3600) for _ in range(DEATHS))
         for moment in moments:
@@ -186,7 +186,7 @@ def test_thirty_hours_and_fifty_deaths(seed: int) -> None:
 @pytest.mark.parametrize("seed", range(8))
 def test_many_tasks_under_random_disturbance(laboratory: Laboratory, seed: int) -> None:
     dice = random.Random(seed)
-    with Kit([laboratory.registry], partitions=3, slots=3) as kit:
+    with Kit([laboratory.registry], queues=["default", "etl"], partitions=3, slots=3) as kit:
         laboratory.kit = kit
         handles = [
             kit.submit("restless", {"dataset_path": "", "chance": chance}, priority=dice.randrange(10), queue=queue)
