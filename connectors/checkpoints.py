@@ -17,6 +17,8 @@ import zstandard
 
 from perdure.schemas.errors import InfrastructureError, NotFound
 
+LOCAL = "local"
+"""Name of the store that every worker has, and its default."""
 HEADER = b"PDRC\x01"
 KEPT = 3
 """Versions that `prune` leaves: the newest, and two to roll back to."""

@@ -6,7 +6,6 @@ inside a test on the in-memory log. `perdure.exchange` says how it waits.
 
 from __future__ import annotations
 
-import asyncio
 import contextvars
 import functools
 import inspect
@@ -27,7 +26,14 @@ from perdure.exchange import Call, Channel, Exchange, Flow
 from perdure.failures import AttemptStop, StepOutcomeUnknown
 from perdure.schemas import codec, limits, values
 from perdure.schemas.common import CheckpointRef, StepRecord
-from perdure.schemas.errors import InfrastructureError, InvalidRequest, PerdureError, StepError, StepMismatch
+from perdure.schemas.errors import (
+    ConfigurationError,
+    InfrastructureError,
+    InvalidRequest,
+    PerdureError,
+    StepError,
+    StepMismatch,
+)
 from perdure.schemas.inbox import RunAttempt, StepPage
 from perdure.steps import OpenStep, RecordedSteps, differences, hash_arguments, name_of, unwrapped
 from perdure.tasks import TaskType
@@ -59,7 +65,8 @@ class Attempt:
         self._type, self._store, self._clock = task_type, store, clock
         self.exchange = Exchange(way, grant.task_id, grant.epoch)
         self.sections = Sections(is_async=task_type.is_async)
-        self._running = True
+        self.over = False
+        """Whether user code has ended, its deferred calls included."""
         self._stops: set[str] = set()
         self._stop = ""
         self._fatal: PerdureError | None = None
@@ -97,7 +104,7 @@ class Attempt:
     def interrupt(self) -> AttemptStop | None:
         """What a signal handler is to raise in the task's own thread; None: no user code of a stopped attempt runs."""
         self.exchange.poll_interrupting()
-        return AttemptStop(self._stop) if self._running and self._stop in HARD else None
+        return AttemptStop(self._stop) if not self.over and self._stop in HARD else None
 
     # The run ----------------------------------------------------------------------------------------------------------
 
@@ -115,7 +122,7 @@ class Attempt:
                     args, kwargs = self._arguments()
                     result = self._type.function(Context(self), *args, **kwargs)
             finally:
-                self._running = False
+                self.over = True
         except BaseException as error:  # noqa: BLE001  whatever ends user code ends only the attempt
             return self._ended(error)
         return self._returned(result)
@@ -125,10 +132,13 @@ class Attempt:
         assert isinstance(self._stack, AsyncExitStack)
         self.sections.begin()
         try:
-            async with self._stack:
-                await self.exchange.drive_async(self._begin())
-                args, kwargs = self._arguments()
-                result = await self._type.function(AsyncContext(self), *args, **kwargs)
+            try:
+                async with self._stack:
+                    await self.exchange.drive_async(self._begin())
+                    args, kwargs = self._arguments()
+                    result = await self._type.function(AsyncContext(self), *args, **kwargs)
+            finally:
+                self.over = True
         except BaseException as error:  # noqa: BLE001  whatever ends user code ends only the attempt
             return self._ended(error)
         return self._returned(result)
@@ -142,6 +152,9 @@ class Attempt:
             ends = self.started_at + self.grant.run_timeout_left
             self.deadline = ends if self.deadline is None else min(ends, self.deadline)
         self.exchange.post(channel.Started)
+        if self.grant.policy.checkpoint_storage not in (None, checkpoints.LOCAL):
+            raise ConfigurationError(f"there is no checkpoint store {self.grant.policy.checkpoint_storage!r} here; "
+                                     f"this worker has: {checkpoints.LOCAL}")  # fmt: skip
         if self.grant.checkpoint is not None:
             self._restore((yield Call(self._load, (self.grant.checkpoint,), blocking=True)))
         # The first page comes unasked. It is read before user code may keep us from reading for hours.
@@ -168,7 +181,7 @@ class Attempt:
         return True
 
     def _ended(self, error: BaseException) -> bool:
-        why = self._stopped_by(error)
+        why = failures.stop_in(error, self._stop if self._stop in HARD else "")
         if self._fatal is not None or not why:
             found = self._fatal or error
             kinds, message, trace = failures.describe(found, _OURS)
@@ -177,16 +190,6 @@ class Attempt:
         else:
             self.exchange.close(channel.Stopped, why=why, **self._usage())
         return False
-
-    def _stopped_by(self, error: BaseException) -> str:
-        """Why the attempt stopped, if `error` is a stop and nothing else."""
-        if isinstance(error, AttemptStop):
-            return error.why
-        if isinstance(error, asyncio.CancelledError) and self._stop in HARD:
-            return self._stop
-        if isinstance(error, BaseExceptionGroup) and error.split(AttemptStop)[1] is None:
-            return self._stop
-        return ""
 
     def _usage(self) -> dict[str, Any]:
         return {

@@ -115,12 +115,17 @@ class TaskStream(io.TextIOBase):
         """True."""
         return True
 
+    @property
+    def encoding(self) -> str:  # type: ignore[override]  # io.TextIOBase only says that there may be one
+        """That of the process's own stream."""
+        return self._own.encoding
+
     def fileno(self) -> int:
         """The process's own descriptor; what is written there directly belongs to no attempt."""
         return self._own.fileno()
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._own, name)  # encoding, buffer and the like
+        return getattr(self._own, name)  # buffer and the like
 
 
 class Descriptors:

@@ -49,7 +49,7 @@ from perdure.connectors.checkpoints import LocalCheckpoints
 from perdure.exchange import Channel
 from perdure.loading import load
 from perdure.schemas import codec, limits
-from perdure.schemas.errors import InfrastructureError
+from perdure.schemas.errors import InfrastructureError, StepError
 from perdure.schemas.inbox import RunAttempt
 from perdure.tasks import default_registry
 
@@ -129,6 +129,14 @@ class Wire:
         self._connection = Connection(sock, child=True)
         self._unpacker = Unpacker(child=True)
         self.relay = ProgressRelay(self._connection)
+        self.left = False
+        """Whether this is not the child any more but a process that user code has forked off it."""
+
+    def leave(self) -> None:
+        """Let go in a forked process, which must neither read nor write what belongs to the child."""
+        self.left = True
+        self._socket.close()
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
     def fileno(self) -> int:
         """The socket's descriptor."""
@@ -136,6 +144,8 @@ class Wire:
 
     def send(self, frame: Frame) -> None:
         """Send a frame. Thread-safe; blocks while the socket's buffer is full."""
+        if self.left:
+            raise StepError("ctx belongs to the task's own process; return what this process found and report it there")
         try:
             if isinstance(frame, Progress):
                 self.relay.offer(frame)
@@ -181,7 +191,7 @@ class ProcessChild:
 
     def serve(self) -> None:
         """Run attempts until told to exit, or until this process is not fit for another."""
-        capture_logging(lambda: self._lines)
+        capture_logging(lambda: None if self._wire.left else self._lines)
         for count in range(1, self._settings.max_tasks + 1):
             if not self._next() or count == self._settings.max_tasks:
                 return
@@ -251,19 +261,11 @@ class ProcessChild:
         if self._undivided:
             self._signalled = True
             return
-        stop = self._attempt.interrupt() if self._attempt is not None else None
+        if self._attempt is None or self._attempt.over:
+            return  # it is ending anyway
+        stop = self._attempt.interrupt()
         if stop is not None:
             raise stop
-        print(
-            "DBG",
-            self._attempt,
-            self._attempt and (self._attempt._running, self._attempt._stops, self._attempt.exchange._reader),
-            threading.get_ident(),
-            self._wire.ready(),
-            file=sys.__stderr__,
-            flush=True,
-        )
-        traceback.print_stack(_frame)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         os.kill(os.getpid(), signal.SIGTERM)
 
@@ -299,13 +301,16 @@ class AsyncChild:
 
     async def serve(self) -> NoReturn:
         """Run attempts until told to exit; those that still run then end with the process."""
-        capture_logging(_lines.get)
-        sys.stdout = TaskStream("stdout", sys.stdout, _lines.get)
-        sys.stderr = TaskStream("stderr", sys.stderr, _lines.get)
+        capture_logging(self._find)
+        sys.stdout = TaskStream("stdout", sys.stdout, self._find)
+        sys.stderr = TaskStream("stderr", sys.stderr, self._find)
         asyncio.get_running_loop().add_reader(self._wire.fileno(), _or_die, self._read)
         await self._exit.wait()
         flush()
         os._exit(0)
+
+    def _find(self) -> Lines | None:
+        return None if self._wire.left else _lines.get()
 
     def _read(self) -> None:
         for frame in self._wire.frames(self._wire.read()[0]):
@@ -393,6 +398,7 @@ def run_child(sock: socket.socket, settings: Settings, version: str) -> NoReturn
             die()
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         wire = Wire(sock)
+        os.register_at_fork(after_in_child=wire.leave)
         wire.send(Hello(settings.name, os.getpid(), "", version))
         if settings.kind == "async":
             asyncio.run(_serve_async(wire, settings))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import traceback
 from types import TracebackType
 
@@ -21,6 +22,20 @@ class StepOutcomeUnknown(StepError):
     """An at-most-once step began in an earlier attempt and nobody knows how it ended; a person has to look."""
 
     code = "outcome_unknown"
+
+
+def stop_in(error: BaseException, hard: str) -> str:
+    """Why the attempt stopped, if `error` is a stop and nothing else. `hard`: the stop for good that was asked for; it
+    also comes as the cancellation of an asyncio task.
+    """
+    if isinstance(error, AttemptStop):
+        return error.why
+    if isinstance(error, asyncio.CancelledError):
+        return hard
+    if isinstance(error, BaseExceptionGroup):
+        stops, rest = error.split((AttemptStop, asyncio.CancelledError))
+        return stop_in(stops.exceptions[0], hard) if stops is not None and rest is None else ""
+    return ""
 
 
 def describe(error: BaseException, ours: tuple[str, ...]) -> tuple[list[str], str, str]:

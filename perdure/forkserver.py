@@ -66,6 +66,7 @@ from perdure.control import (
     to_server,
 )
 from perdure.loading import load
+from perdure.rehearsal import rehearse
 from perdure.schemas.errors import ConfigurationError, InfrastructureError
 from perdure.tasks import default_registry, type_config
 
@@ -432,6 +433,7 @@ def main() -> None:
     for task_type in default_registry:
         control.send(encode(TypeLoaded(task_type.name, type_config(task_type))))
     process.die_with_parent(0)
+    rehearse()
     gc.collect()
     gc.freeze()  # what is there now stays: children need not copy its pages to mark them
     server = Server(control, plan, version)

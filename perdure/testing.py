@@ -6,9 +6,9 @@ from perdure.testing import Kit
 def test_survives_everything():
     with Kit(tasks=[myapp.tasks]) as kit:
         handle = kit.submit("process_large_dataset", {"dataset_path": "large.csv"})
-        kit.advance("2h")
-        kit.crash_worker()
         kit.kill_task(handle, at=handle.after_report(7))
+        kit.advance("2h")
+        kit.crash_worker(down="10m")
         assert handle.result() == {"sum": 499_500}
 ```
 
@@ -79,9 +79,10 @@ class Kit:
         self._engine = LocalEngine(self._log, self._keys, self._clock)
         self._client_log = ClientLog(self._log, self._decide)
         self.client = Client(self._client_log, clock=self._clock)
+        self._closed = False
         self._submitted = self._lives = 0
         self._said: Counter[str] = Counter()
-        self._deaths: dict[Moment, Callable[[], None]] = {}
+        self._deaths: dict[Moment, list[Callable[[], None]]] = {}
         self._dropped: list[Strand] = []
         self._root_level = logging.root.level
         if logging.root.level == logging.WARNING:
@@ -100,6 +101,9 @@ class Kit:
 
     def close(self) -> None:
         """Let go of everything. Code of tasks that still run, or were killed, gets to its `finally` blocks only now."""
+        if self._closed:
+            return
+        self._closed = True
         if self._worker is not None:
             self._worker.die()
             self._worker = None
@@ -255,20 +259,20 @@ class Kit:
     def _die(self, at: Moment | None, death: Callable[[], None]) -> None:
         if at is None:
             self._in_kit(death)
-        elif at.number <= self._said[at.task_id] - (not at.after):
+        elif at.number <= self._said[at.task_id]:
             raise InvalidRequest(
                 f"task {at.task_id} is past its report {at.number}: it has made {self._said[at.task_id]}"
             )
         else:
-            self._deaths[at] = death
+            self._deaths.setdefault(at, []).append(death)
 
     def _watch(self, task_id: str, said: bool) -> None:
         """A task makes a report, or has made it: is this somebody's last moment?"""
         if not said:
             self._said[task_id] += 1
-        death = self._deaths.pop(Moment(task_id, self._said[task_id], said), None)
-        if death is not None:
-            self._in_kit(death)
+        deaths = self._deaths.pop(Moment(task_id, self._said[task_id], said), None)
+        if deaths is not None:
+            self._in_kit(lambda: [death() for death in deaths])
 
     # Inside -----------------------------------------------------------------------------------------------------------
 
@@ -297,7 +301,7 @@ class Kit:
                 return name
         raise InvalidRequest(f"{function!r} is no task of this kit: give it to Kit(tasks=[...])", field="type")
 
-    def _in_kit(self, action: Callable[[], None]) -> None:
+    def _in_kit(self, action: Callable[[], object]) -> None:
         """Have `action` done by the kit's thread, also when user code asks for it."""
         strand = self._caller()
         if strand is None:
@@ -306,7 +310,7 @@ class Kit:
             strand.ask(action)
 
     def _decide(self) -> None:
-        self._in_kit(lambda: self._engine.pump())
+        self._in_kit(lambda: self._engine.pump())  # of the present engine, which may have crashed since
 
     def _caller(self) -> Strand | None:
         """The strand that calls; None: the test. Raises `InvalidRequest` for any other thread."""

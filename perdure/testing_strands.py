@@ -63,7 +63,7 @@ class Strand:
         self._body = body
         self._turn, self._back = threading.Semaphore(0), threading.Semaphore(0)
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
-        self._asked: Callable[[], None] | None = None
+        self._asked: Callable[[], object] | None = None
         self._answer: PerdureError | None = None
         self._failure: BaseException | None = None
         self.ended = False
@@ -110,7 +110,7 @@ class Strand:
         if self.unwinding:
             raise Dropped
 
-    def ask(self, action: Callable[[], None]) -> None:
+    def ask(self, action: Callable[[], object]) -> None:
         """Have the kit's thread call `action`, and go on afterwards. Raises `PerdureError` as `action` does."""
         self._asked = action
         self.stand()

@@ -49,7 +49,7 @@ class InlineAttempt:
         self._worker, self._clock = worker, worker.clock
         self.reporting = worker.reporter.open(session, *self.key, grant.token, self._acknowledged)
         self._log = AttemptLog(worker.offer_line, grant, session.partition)
-        self._lines = Lines(lambda stream, level, text: self._log.line(stream, level, text, worker.now(), worker.now()))
+        self._lines = Lines(self._line)
         self._handler = LogHandler(lambda: self._lines)
         self.attempt = Attempt(codec.replace(grant, token=b""), task_type, self, worker.store, self._clock)
         self.strand = Strand(f"perdure-{grant.task_id}", self._run_async if task_type.is_async else self._run)
@@ -100,6 +100,9 @@ class InlineAttempt:
                 yield
         finally:
             root.removeHandler(self._handler)
+
+    def _line(self, stream: str, level: str, text: str) -> None:
+        self._log.line(stream, level, text, self._clock.now, self._clock.now)
 
     def _acknowledged(self, number: int) -> None:
         self.attempt.receive(channel.Ack(*self.key, number))
@@ -225,10 +228,6 @@ class InlineWorker:
             for partition, keys in routing.items():
                 session = f"s-{life:09d}-{executor}"
                 self._sessions.begin(lane, partition, session, keys, lent[partition], ends[partition], clock.now)
-
-    def now(self) -> int:
-        """Virtual time, ms since 1970."""
-        return self.clock.now
 
     # What the kit asks ------------------------------------------------------------------------------------------------
 

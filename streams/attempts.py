@@ -6,19 +6,24 @@ dropped; a gap ends the epoch, for what is missing can never be told from what w
 
 from __future__ import annotations
 
+import math
 from typing import Any
+
+import msgspec
 
 from perdure.schemas import events, inbox, limits, reports
 from perdure.schemas.codec import replace
-from perdure.schemas.common import ErrorInfo
+from perdure.schemas.common import ErrorInfo, Usage
 from perdure.schemas.events import ProgressReported
 from perdure.schemas.reports import Report, ReportEntry
-from perdure.schemas.rows import Mark, TaskState
+from perdure.schemas.rows import Mark, Step, TaskState
 from perdure.streams import ready_queue, tables, task_lifecycle
 from perdure.streams.decision import Moment, Note, Outputs, Telemetry, ToWorker, of_partition, of_task
 from perdure.streams.state import State
 
 RETIRING = b"retiring/"
+MILESTONES_BYTES = POSITIONS_BYTES = 12 * 1024
+"""Of all of a task's milestones, of a checkpoint's positions: every later grant carries them."""
 
 
 def entry(s: State, m: Moment, session: str, e: ReportEntry, token_holds: bool) -> Outputs:
@@ -76,6 +81,14 @@ def _rejected(
 
 
 def _report(s: State, m: Moment, task_id: str, report: Report) -> Outputs:
+    fault = _fault_of(s, task_id, report)
+    if fault is not None:
+        t = s.known(task_id)
+        yield events.ReportRejected(
+            **of_task(s, m, task_id), why="illegal", report=type(report).__name__, session=t.session, epoch=t.epoch,
+            detail=fault,
+        )  # fmt: skip
+        return
     match report:
         case reports.ReportProgress():
             yield from _progress(s, m, task_id, report)
@@ -87,18 +100,14 @@ def _report(s: State, m: Moment, task_id: str, report: Report) -> Outputs:
                 yield events.AttemptStarted(**of_task(s, m, task_id), epoch=t.epoch, attempt=t.attempt)
         case reports.ReportMilestone():
             t = s.known(task_id)
-            if report.name not in t.milestones and len(t.milestones) < limits.MILESTONES_MAX:
+            if report.name not in t.milestones:
                 yield events.MilestoneReached(**of_task(s, m, task_id), epoch=t.epoch, name=report.name)
         case reports.ReportCheckpoint():
             yield from _checkpoint(s, m, task_id, report)
         case reports.AttemptCompleted():
-            yield from task_lifecycle.completed(s, m, task_id, report.result, report.usage)
+            yield from _completed(s, m, task_id, report.result, report.usage)
         case reports.AttemptFailed():
-            error = ErrorInfo(
-                type=report.error_types[0] if report.error_types else "error", message=report.message,
-                error_types=report.error_types, traceback=report.traceback,
-            )  # fmt: skip
-            yield from task_lifecycle.failed(s, m, task_id, error, report.usage, final=report.final)
+            yield from task_lifecycle.failed(s, m, task_id, _error(report), report.usage, final=report.final)
         case reports.AttemptCrashed():
             how = f"signal {report.signal}" if report.signal is not None else f"exit code {report.exit_code}"
             why = "bystander" if report.innocent else "crashed"
@@ -109,6 +118,70 @@ def _report(s: State, m: Moment, task_id: str, report: Report) -> Outputs:
             yield from _declined(s, m, task_id, report)
         case reports.SendSteps():
             yield ToWorker(ready_queue.step_page(s, task_id, after=report.after))
+
+
+def _fault_of(s: State, task_id: str, report: Report) -> str | None:
+    """What makes a report one that no sound worker sends in this place; None if nothing does."""
+    t = s.known(task_id)
+    match report:
+        case reports.ReportStep():
+            if len(report.step_id.encode()) > limits.STEP_ID_MAX or len(report.result or b"") > limits.VALUE_MAX:
+                return f"step {report.step_id[:100]!r} is too large"
+            return _fault_of_step(s, task_id, t, report)
+        case reports.ReportMilestone():
+            size = len(report.name.encode())
+            room = MILESTONES_BYTES - sum(len(name.encode()) for name in t.milestones)
+            known = report.name in t.milestones
+            if not known and (size > min(room, limits.TEXT_MAX) or len(t.milestones) >= limits.MILESTONES_MAX):
+                return f"milestone {report.name[:100]!r} is too long, or there are too many already"
+        case reports.ReportCheckpoint():
+            if t.checkpoint is not None and report.version <= t.checkpoint.version:
+                return f"checkpoint {report.version} after {t.checkpoint.version}"
+            if sum(len(track.encode()) + 9 for track in (*report.positions, report.uri)) > POSITIONS_BYTES:
+                return f"checkpoint {report.version} has too many positions"
+        case reports.ReportProgress():
+            if report.fraction is not None and not math.isfinite(report.fraction):
+                return f"progress {report.fraction}"
+    return None
+
+
+def _fault_of_step(s: State, task_id: str, t: TaskState, report: reports.ReportStep) -> str | None:
+    """A recorded step stays as it is, also one that a checkpoint has made unnecessary."""
+    known: Step | None = s.get(tables.task(task_id), tables.step(report.step_id))
+    if known is not None and not _may_rerun(s, task_id, known, report):
+        return f"step {report.step_id} is recorded already"
+    for track, position in t.checkpoint.positions.items() if t.checkpoint is not None else ():
+        if f"{track}@" <= report.step_id < f"{track}@{position:012d}":
+            return f"step {report.step_id} lies before checkpoint {t.checkpoint.version if t.checkpoint else 0}"
+    return None
+
+
+def _completed(s: State, m: Moment, task_id: str, result: bytes, usage: Usage) -> Outputs:
+    """User code returned; what it returned has to be a value."""
+    try:
+        if len(result) > limits.VALUE_MAX:
+            raise ValueError(f"it is {len(result):,} bytes; at most {limits.VALUE_MAX:,} are taken")
+        msgspec.json.decode(result)
+    except (ValueError, RecursionError) as error:
+        kind = "perdure.schemas.errors.NotSerializable"
+        info = ErrorInfo(type=kind, message=f"the result is no value: {error}", error_types=[kind])
+        yield from task_lifecycle.failed(s, m, task_id, info, usage, final=True)
+        return
+    yield from task_lifecycle.completed(s, m, task_id, result, usage)
+
+
+def _error(report: reports.AttemptFailed) -> ErrorInfo:
+    """The reported error, within the limits."""
+    kinds, room = [], limits.MESSAGE_MAX
+    for kind in report.error_types:
+        room -= len(kind)
+        if room < 0:
+            break
+        kinds.append(kind)
+    return ErrorInfo(
+        type=kinds[0] if kinds else "error", message=report.message[: limits.MESSAGE_MAX], error_types=kinds,
+        traceback=report.traceback[-limits.TRACEBACK_MAX :],
+    )  # fmt: skip
 
 
 def _stop_word(s: State, task_id: str, why: str) -> str:
@@ -133,6 +206,8 @@ def _progress(s: State, m: Moment, task_id: str, report: reports.ReportProgress)
         for name in ("fraction", "current_step", "units_done", "units_total")
         if getattr(report, name) is not None
     }
+    if report.fraction is not None:
+        changes["fraction"] = min(max(report.fraction, 0.0), 1.0)
     new = replace(live, active=m.now, progress_at=m.at, **changes)
     yield Note(tables.task(task_id), tables.LIVE, new)
     yield Telemetry(
@@ -146,7 +221,6 @@ def _progress(s: State, m: Moment, task_id: str, report: reports.ReportProgress)
 
 def _step(s: State, m: Moment, task_id: str, report: reports.ReportStep) -> Outputs:
     t = s.known(task_id)
-    known = s.get(tables.task(task_id), tables.step(report.step_id))
     base: dict[str, Any] = {"epoch": t.epoch, "step_id": report.step_id, "name": report.name}
     if report.begun:
         yield events.StepStarted(**of_task(s, m, task_id), **base, function=report.function, args_hash=report.args_hash)
@@ -154,11 +228,6 @@ def _step(s: State, m: Moment, task_id: str, report: reports.ReportStep) -> Outp
         yield events.StepFailed(
             **of_task(s, m, task_id), **base, attempt=t.attempt, error=report.error, duration_ms=report.duration_ms
         )
-    elif known is not None and known.result is not None and not _may_rerun(s, task_id, known, report):
-        yield events.ReportRejected(
-            **of_task(s, m, task_id), why="illegal", report="ReportStep", session=t.session, epoch=t.epoch,
-            detail=f"step {report.step_id} is recorded already",
-        )  # fmt: skip
     else:
         yield events.StepCompleted(
             **of_task(s, m, task_id), **base, attempt=t.attempt, function=report.function,
@@ -167,7 +236,7 @@ def _step(s: State, m: Moment, task_id: str, report: reports.ReportStep) -> Outp
         )  # fmt: skip
 
 
-def _may_rerun(s: State, task_id: str, known: object, report: reports.ReportStep) -> bool:
+def _may_rerun(s: State, task_id: str, known: Step, report: reports.ReportStep) -> bool:
     """A recorded step is recorded anew only where the type's author asked for it and the step has changed."""
     policy = s.spec(task_id).policy
     changed = any(getattr(known, f) != getattr(report, f) for f in ("function", "code_version", "args_hash"))
@@ -175,15 +244,8 @@ def _may_rerun(s: State, task_id: str, known: object, report: reports.ReportStep
 
 
 def _checkpoint(s: State, m: Moment, task_id: str, report: reports.ReportCheckpoint) -> Outputs:
-    t = s.known(task_id)
-    if t.checkpoint is not None and report.version <= t.checkpoint.version:
-        yield events.ReportRejected(
-            **of_task(s, m, task_id), why="illegal", report="ReportCheckpoint", session=t.session, epoch=t.epoch,
-            detail=f"checkpoint {report.version} after {t.checkpoint.version}",
-        )  # fmt: skip
-        return
     yield events.CheckpointRecorded(
-        **of_task(s, m, task_id), epoch=t.epoch, version=report.version, uri=report.uri, sha256=report.sha256,
+        **of_task(s, m, task_id), epoch=s.known(task_id).epoch, version=report.version, uri=report.uri, sha256=report.sha256,
         size=report.size, positions=report.positions,
     )  # fmt: skip
     yield from retire_steps(s, m, task_id)

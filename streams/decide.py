@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from perdure.schemas import codec, commands, events, limits, rows
+from perdure.schemas import codec, commands, events, ids, limits, rows
 from perdure.schemas.codec import replace
 from perdure.schemas.commands import AwaitTask, DescribeTask, FindTasks, SubmitBatch, SubmitTask
 from perdure.schemas.errors import DecodeError, InvalidRequest
@@ -145,7 +145,7 @@ def _forwarded(s: State, m: Moment, record: commands.Forwarded) -> Outputs:
 def _command(s: State, m: Moment, command: Any, *, placed: bool, left: list[int] | None = None) -> Outputs:
     """Complete a command's ids, bring it to its partition, or execute it."""
     if not command.command_id:
-        command = replace(command, command_id=ids_of(m))
+        command = replace(command, command_id=ids.derived_command_id(m.cause.partition, m.cause.offset, m.cause.index))
     m = m.of(command.command_id, m.cause.index)
     try:
         check(command)
@@ -162,12 +162,6 @@ def _command(s: State, m: Moment, command: Any, *, placed: bool, left: list[int]
             yield from _for_one(s, m, command, left)
     except InvalidRequest as error:
         yield from _refuse(s, m, command, str(error), error.field)
-
-
-def ids_of(m: Moment) -> str:
-    """The command id of a command that brought none."""
-    index = "" if m.cause.index is None else f"-{m.cause.index}"
-    return f"log-{m.cause.partition}-{m.cause.offset}{index}"
 
 
 def _submit(s: State, m: Moment, command: SubmitTask) -> Outputs:
@@ -207,10 +201,11 @@ def _execute(s: State, m: Moment, command: Any, decision: Callable[[State, Momen
     if stored is None:
         try:
             yield from decision(s, m, command)
+            yield from _reply(m, command, accepted=True)
         except Refused as refused:
             yield from _refuse(s, m, command, str(refused), None)
-            return
-        yield from _reply(m, command, accepted=True)
+        except InvalidRequest as error:
+            yield from _refuse(s, m, command, str(error), error.field)
     else:
         yield from _reply(m, command, accepted=stored.accepted, reason=stored.reason, field=stored.field)
 
@@ -249,12 +244,14 @@ def _not_found(s: State, m: Moment, command: Any) -> Outputs:
 
 
 def _refuse(s: State, m: Moment, command: Any, reason: str, field: str | None) -> Outputs:
-    yield _rejection(s, m, command.task_id, command.command_id, type(command).__name__, reason, field)
+    reason = reason[: limits.TEXT_MAX]
+    if s.get(tables.task(command.task_id), tables.answer(command.command_id)) is None:
+        yield _rejection(s, m, command.task_id, command.command_id, type(command).__name__, reason, field)
     yield from _reply(m, command, accepted=False, reason=reason, field=field)
 
 
 def _refuse_illegal(s: State, m: Moment, given: Illegal) -> Outputs:
-    command_id = given.command_id or ids_of(m)
+    command_id = given.command_id or ids.derived_command_id(m.cause.partition, m.cause.offset)
     m = m.of(command_id)
     yield _rejection(s, m, "", command_id, given.command, given.reason, given.field)
     if given.reply_to:
@@ -271,7 +268,7 @@ def _rejection(
     known = bool(task_id) and s.task(task_id) is not None
     of = of_task(s, m, task_id) if known else of_partition(s, m)
     return events.CommandRejected(
-        **of, command_id=command_id, command=kind, reason=reason[: limits.TEXT_MAX], field=field
+        **of, command_id=command_id, command=kind, reason=reason, field=field
     )
 
 

@@ -80,6 +80,8 @@ def why(s: State, m: Moment, task_id: str, reason: str) -> str:
     if t.state == "PENDING":
         if reason == "no_worker":
             return f"waits in queue {spec.queue!r}: no live worker serves type {spec.type!r} there"
+        if t.ready and spec.policy is None and spec.policy_version is not None:
+            return f"waits until version {spec.policy_version} of type {spec.type!r} has arrived here"
         text = _WORDS.get(reason, f"waits ({reason})").format(queue=spec.queue)
         if t.due is not None:
             text += f", {max(0, t.due - m.now) / 1000:.1f} s to go"

@@ -16,6 +16,7 @@ from confluent_kafka import (
     Consumer,
     ConsumerGroupTopicPartitions,
     KafkaError,
+    KafkaException,
     Message,
     TopicPartition,
 )
@@ -169,11 +170,18 @@ class KafkaMember(_Consuming):
     def committed(self, wanted: Iterable[Where]) -> dict[Where, int | None]:
         # Asked by a client of its own: a consumer answers only from the thread that polls it.
         asked = ConsumerGroupTopicPartitions(self.group, [TopicPartition(self._log.prefix + t, p) for t, p in wanted])
-        answer = self._log.admin().list_consumer_group_offsets([asked], require_stable=True, request_timeout=CALL_S)
-        found = patiently(lambda: answer[self.group].result(), f"no committed offsets of group {self.group}")
+
+        def ask() -> list[TopicPartition]:
+            answer = self._log.admin().list_consumer_group_offsets([asked], require_stable=True, request_timeout=CALL_S)
+            found: list[TopicPartition] = answer[self.group].result().topic_partitions or []
+            for partition in found:
+                if partition.error is not None:
+                    raise KafkaException(partition.error)
+            return found
+
         return {
             (self._log.plain(f.topic), f.partition): f.offset if f.offset >= 0 else None
-            for f in found.topic_partitions or []
+            for f in patiently(ask, f"no committed offsets of group {self.group}")
         }
 
     def seek(self, topic: str, partition: int, offset: int) -> None:

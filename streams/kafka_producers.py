@@ -13,12 +13,15 @@ from typing import Any
 from confluent_kafka import KafkaError, KafkaException, Message, Producer, TopicPartition
 
 from perdure.schemas import limits
-from perdure.schemas.errors import InfrastructureError, Unreachable, ValueTooLarge
+from perdure.schemas.errors import Fenced, InfrastructureError, Unreachable, ValueTooLarge
 from perdure.streams.kafka_connection import CALL_S, Connection, quiet, sorted_error
-from perdure.streams.log import OnAck, TransactionAborted
+from perdure.streams.log import OnAck, TransactionAborted, check_size
 from perdure.streams.log import TopicPartition as Where
 
 _SLOW_COMMIT_S = 0.35
+"""librdkafka repeats an EndTxn by itself when its connection is lost, and the first one may still arrive: inside the
+next transaction, unless a new epoch fences it. Reconnecting takes 0.75 x reconnect.backoff.ms at the least, so a commit
+that was repeated was slower than this (docs/decisions/0005)."""
 _PRODUCER: dict[str, Any] = {
     "enable.idempotence": True,
     "acks": "all",
@@ -72,6 +75,7 @@ class KafkaProducer:
     def append(
         self, topic: str, partition: int, key: bytes | None, value: bytes | None, on_ack: OnAck | None = None
     ) -> None:
+        check_size(topic, key, value)
         _hand_over(self._producer, self._log.prefix + topic, partition, key, value, on_ack)
 
     def flush(self, timeout_s: float) -> bool:
@@ -93,12 +97,14 @@ class KafkaTransactional:
     def __init__(self, log: Connection, name: str) -> None:
         self._log, self._name = log, name
         self._suspect = False
+        self._fenced: Fenced | None = None
         self._producer = self._create()
 
     def _create(self) -> Producer:
         producer = Producer(self._log.config(_PRODUCER, {
             "transactional.id": self._log.prefix + self._name, "transaction.timeout.ms": 15_000,
-            "message.timeout.ms": 15_000, "retry.backoff.ms": 500, "error_cb": quiet,
+            "message.timeout.ms": 15_000, "retry.backoff.ms": 10,
+                    "reconnect.backoff.ms": 500, "error_cb": quiet,
         }))  # fmt: skip
         try:
             producer.init_transactions(60.0)
@@ -117,10 +123,14 @@ class KafkaTransactional:
     def append(
         self, topic: str, partition: int, key: bytes | None, value: bytes | None, on_ack: OnAck | None = None
     ) -> None:
+        check_size(topic, key, value)
         _hand_over(self._producer, self._log.prefix + topic, partition, key, value, on_ack)
 
     def append_all(self, topic: str, partition: int, records: Sequence[tuple[bytes | None, bytes | None]]) -> None:
-        messages: list[dict[str, Any]] = [{"key": k, "value": v} for k, v in records]
+        messages: list[dict[str, Any]] = []
+        for key, value in records:
+            check_size(topic, key, value)
+            messages.append({"key": key, "value": value})
         if self._producer.produce_batch(self._log.prefix + topic, messages, partition) != len(messages):
             first = next(m["_error"] for m in messages if "_error" in m)
             raise TransactionAborted(f"not all of {len(messages)} records for {topic} could be handed over: {first}")
@@ -131,7 +141,7 @@ class KafkaTransactional:
             "send offsets",
             lambda: self._producer.send_offsets_to_transaction(positions, member.group_metadata(), CALL_S),
         )
-        self._producer.flush(15.0)
+        self._call("flush", lambda: self._producer.flush(15.0))
         began = time.monotonic()
         self._call("commit", lambda: self._producer.commit_transaction(30.0))
         self._suspect = time.monotonic() - began >= _SLOW_COMMIT_S
@@ -142,11 +152,14 @@ class KafkaTransactional:
         self._suspect = time.monotonic() - began >= _SLOW_COMMIT_S
 
     def close(self) -> None:
-        self._producer.purge()
-        self._producer.flush(0.5)
+        if self._fenced is None:
+            self._producer.purge()
+            self._call("close", lambda: self._producer.flush(0.5))
 
     def _call(self, doing: str, call: Callable[[], Any]) -> None:
-        """Call, and again while the error is retriable. Raises ours."""
+        """Call, and again while the error is retriable. Raises ours; once fenced, always fenced."""
+        if self._fenced is not None:
+            raise self._fenced
         deadline = time.monotonic() + 60.0
         while True:
             try:
@@ -154,4 +167,6 @@ class KafkaTransactional:
                 return
             except KafkaException as error:
                 if not (error.args[0].retriable() and time.monotonic() < deadline):
-                    raise sorted_error(error, f"{doing} ({self._name})") from error
+                    ours = sorted_error(error, f"{doing} ({self._name})")
+                    self._fenced = ours if isinstance(ours, Fenced) else None
+                    raise ours from error

@@ -46,7 +46,9 @@ def beat(s: State, m: Moment, record: WorkerBeat) -> Outputs:
         return
     state = "live" if session.state == "suspect" else session.state
     seen = max(session.grants_seen, min(record.grants_seen, session.grants))
-    yield _note(replace(session, beat=m.now, suspected=0, restarted=False, full=False, state=state, grants_seen=seen))
+    yield _note(
+        replace(session, beat=m.now, suspected=0, restarted=False, full=record.free <= 0, state=state, grants_seen=seen)
+    )
     if seen < session.grants:
         start = tables.number(seen + 1)
         for _, lease in list(s.scan(tables.leases(record.session), start=start))[: limits.CHUNK]:

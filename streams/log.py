@@ -10,8 +10,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from perdure.schemas.errors import InfrastructureError
+from perdure.schemas import topics
+from perdure.schemas.errors import InfrastructureError, ValueTooLarge
 
+_FRAMING = 128
+"""What Kafka adds to a record that is alone in its batch, rounded up."""
 BEGIN = -2
 END = -1
 
@@ -42,6 +45,14 @@ class OutcomeUnknown(InfrastructureError):
     """Nobody can say whether the transaction was committed: take a new producer of the same name and read back."""
 
     code = "outcome_unknown"
+
+
+def check_size(topic: str, key: bytes | None, value: bytes | None) -> None:
+    """Raise `ValueTooLarge` for a record that the topic would not take: a broker says so too late and too vaguely."""
+    limit = int(topics.BY_NAME[topic].settings["max.message.bytes"])
+    size = len(value or b"") + len(key or b"")
+    if size > limit - _FRAMING:
+        raise ValueTooLarge(f"a record of {size:,} bytes for {topic}: it takes {limit - _FRAMING:,}", field="record")
 
 
 class Producer(Protocol):

@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from perdure.schemas import limits, topics
-from perdure.schemas.errors import Fenced, InfrastructureError, ValueTooLarge
-from perdure.streams.log import BEGIN, END, Member, OnAck, Record, TopicPartition
+from perdure.schemas.errors import Fenced, InfrastructureError
+from perdure.streams.log import BEGIN, END, Member, OnAck, Record, TopicPartition, TransactionAborted, check_size
 
 Clock = Callable[[], int]
 """Returns the present time in ms."""
@@ -106,9 +106,7 @@ class MemoryLog:
     def _append(
         self, topic: str, partition: int, key: bytes | None, value: bytes | None, state: str = "committed"
     ) -> _Entry:
-        limit = int(topics.BY_NAME[topic].settings["max.message.bytes"])
-        if len(value or b"") + len(key or b"") > limit:
-            raise ValueTooLarge(f"a record for {topic} is larger than {limit:,} bytes", field="record")
+        check_size(topic, key, value)
         part = self._data[topic, partition]
         entry = _Entry(Record(topic, partition, part.end, self.clock(), key, value), state)
         part.entries.append(entry)
@@ -195,6 +193,8 @@ class MemoryTransactional:
         assert isinstance(member, MemoryMember), "the log's own members commit on it"
         with self._log._changed:
             self._check()
+            if member.gone:
+                raise TransactionAborted(f"the member of group {member.group} has left")
             self._log._finish(self._name, "committed")
             self._log._offsets.setdefault(member.group, {}).update(offsets)
 
@@ -233,9 +233,9 @@ class _Reading:
             if where in self._paused or len(found) >= most:
                 continue
             part = self._log._data[where]
-            if self._positions[where] < part.first:
+            if not part.first <= self._positions[where] <= part.end:
                 raise InfrastructureError(
-                    f"offset {self._positions[where]} of {where} is below the log's start {part.first}"
+                    f"offset {self._positions[where]} of {where} is outside of the log, {part.first} to {part.end}"
                 )
             more, self._positions[where] = self._log._slice(
                 where, self._positions[where], most - len(found), self._committed
@@ -283,6 +283,7 @@ class MemoryMember(_Reading):
         self.group, self.topics = group, topics
         self._on_assigned, self._on_revoked = on_assigned, on_revoked
         self._pending: list[tuple[str, list[TopicPartition]]] = []
+        self.gone = False
 
     def assign(self, mine: list[TopicPartition]) -> None:
         """The group gives this member partitions; it learns of it at its next read."""
@@ -316,6 +317,7 @@ class MemoryMember(_Reading):
             self._log._members[self.group].remove(self)
             self._log._rebalance(self.group)
         self._positions = {}
+        self.gone = True
 
     def _run_callbacks(self) -> None:
         while self._pending:

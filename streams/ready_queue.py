@@ -9,13 +9,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from perdure.schemas import events, inbox, limits
-from perdure.schemas.common import StepRecord
+from perdure.schemas.common import ErrorInfo, StepRecord
 from perdure.schemas.rows import Session
-from perdure.streams import policies, tables
+from perdure.streams import policies, tables, task_lifecycle
 from perdure.streams.decision import Moment, Outputs, ToWorker, of_task
 from perdure.streams.state import State
 
 _STEP_OVERHEAD = 64
+_GRANT_OVERHEAD = 4096
 
 
 def next_grant(s: State, m: Moment) -> Outputs:
@@ -46,10 +47,15 @@ def _scopes(s: State, session: Session) -> Iterator[bytes]:
 
 
 def _grant(s: State, m: Moment, task_id: str, session: Session) -> Outputs:
-    spec = s.spec(task_id)
-    if spec.policy is None:
+    if s.spec(task_id).policy is None:
         yield from bind(s, m, task_id)
     t = s.known(task_id)
+    size = _carried(s, task_id)
+    if size > limits.INBOX_MAX:
+        message = f"what a worker has to be told of the task is {size:,} bytes; at most {limits.INBOX_MAX:,} fit"
+        error = ErrorInfo(type="too_large", message=message, error_types=["too_large"])
+        yield from task_lifecycle.die(s, m, task_id, error, "not_retryable")
+        return
     attempt = t.attempt + (0 if t.charged else 1)
     yield events.TaskGranted(
         **of_task(s, m, task_id), epoch=t.epoch + 1, attempt=attempt, worker_id=session.worker_id,
@@ -69,6 +75,18 @@ def bind(s: State, m: Moment, task_id: str) -> Outputs:
         yield events.TaskPolicyBound(**of_task(s, m, task_id), policy=policy, policy_version=known[0])
 
 
+def _carried(s: State, task_id: str) -> int:
+    """Upper bound of the size of a grant's record, but for an input that is within its own limit."""
+    t, spec, policy = s.known(task_id), s.spec(task_id), policies.effective(s, task_id)
+    texts = [
+        task_id, spec.type, *spec.labels, *spec.labels.values(), *t.milestones, *begun_steps(s, task_id),
+        *(policy.retry.retry_on or ()), *(policy.retry.never_on or ()), policy.code_version,
+        *(() if t.checkpoint is None else (*t.checkpoint.positions, t.checkpoint.uri)),
+    ]  # fmt: skip
+    values = len(spec.input) + len(spec.resources or b"") + len(spec.agent_config or b"")
+    return values + sum(len(text.encode()) + 10 for text in texts) + _GRANT_OVERHEAD
+
+
 def _run_attempt(s: State, task_id: str) -> inbox.RunAttempt:
     t, spec = s.known(task_id), s.spec(task_id)
     policy = policies.effective(s, task_id)
@@ -80,8 +98,13 @@ def _run_attempt(s: State, task_id: str) -> inbox.RunAttempt:
         deadline=None if total is None else total - s.clock.offset,
         run_timeout_left=None if policy.run_timeout is None else max(1, policy.run_timeout - t.run_used),
         agent_config=spec.agent_config, milestones=t.milestones, resources=spec.resources, labels=spec.labels,
-        begun_steps=[step_id for step_id, step in s.steps(task_id) if step.result is None] if t.steps_kept else [],
+        begun_steps=begun_steps(s, task_id),
     )  # fmt: skip
+
+
+def begun_steps(s: State, task_id: str) -> list[str]:
+    """At-most-once steps that began and never ended."""
+    return [tables.step_id(suffix) for suffix, _ in s.scan(tables.task(task_id), prefix=tables.BEGUN)]
 
 
 def step_page(s: State, task_id: str, after: str) -> inbox.StepPage:
@@ -90,15 +113,16 @@ def step_page(s: State, task_id: str, after: str) -> inbox.StepPage:
     page: list[StepRecord] = []
     size, more = 4096, False
     for step_id, step in s.steps(task_id, after):
-        size += len(step_id) * 4 + len(step.result or b"") + len(step.function) + len(step.args_hash) + _STEP_OVERHEAD
+        assert step.result is not None, "a step without a result is a begun one"
+        texts = (step_id, step.function, step.code_version, step.args_hash)
+        size += sum(len(text.encode()) for text in texts) + len(step.result) + _STEP_OVERHEAD
         if page and size > limits.INBOX_MAX:
             more = True
             break
-        if step.result is not None:
-            page.append(StepRecord(
-                step_id=step_id, function=step.function, code_version=step.code_version, args_hash=step.args_hash,
-                result=step.result,
-            ))  # fmt: skip
+        page.append(StepRecord(
+            step_id=step_id, function=step.function, code_version=step.code_version, args_hash=step.args_hash,
+            result=step.result,
+        ))  # fmt: skip
     return inbox.StepPage(
         worker_id=t.worker_id, session=t.session, task_id=task_id, epoch=t.epoch, after=after, steps=page, more=more
     )

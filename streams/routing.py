@@ -38,6 +38,8 @@ def complete_submit(s: State, m: Moment, command: SubmitTask, *, placed: bool) -
     if queue is None and head and ids.is_routing_key(head):
         ids.check_local_id(ids.split(command.task_id)[1])
         return replace(command, queue=head)
+    if queue is None and command.task_id:
+        queue = limits.DEFAULT_QUEUE
     if queue is None:
         raise InvalidRequest(
             f"type {command.type!r} is unknown and neither queue nor task_id says where to put it", field="type"
@@ -47,6 +49,9 @@ def complete_submit(s: State, m: Moment, command: SubmitTask, *, placed: bool) -
         local = ids.check_local_id(command.task_id)
     elif command.key is not None:
         local = ids.keyed_local_id(queue, command.type, command.key)
+    elif command.command_id != ids.derived_command_id(m.cause.partition, m.cause.offset, m.cause.index):
+        # Sent again, it is the same task. No key can hold a NUL.
+        local = ids.keyed_local_id(queue, command.type, "\x00" + command.command_id)
     else:
         local = ids.derived_local_id(m.at, m.cause.partition, m.cause.offset, m.cause.index)
     routing_key = _spread(s, queue, local)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+from dataclasses import MISSING, fields
+from typing import Any
 
 from perdure.schemas import events
 from perdure.schemas.commands import SubmitTask
-from perdure.schemas.errors import InvalidRequest
+from perdure.schemas.common import Retry
+from perdure.schemas.errors import InvalidRequest, ValueTooLarge
 from perdure.streams import policies
 from perdure.streams.decision import Moment, Outputs, of_task
 from perdure.streams.state import State
@@ -18,6 +21,10 @@ _COPIED = (
     "estimated_duration", "agent_config", "callback_url", "labels", "notify",
 )  # fmt: skip
 _SIDE_VALUES = 32 * 1024
+_DEFAULTS: dict[type, dict[str, Any]] = {
+    cls: {f.name: f.default if f.default_factory is MISSING else f.default_factory() for f in fields(cls)}
+    for cls in (SubmitTask, Retry)
+}
 
 
 def submit(s: State, m: Moment, command: SubmitTask) -> Outputs:
@@ -30,9 +37,8 @@ def submit(s: State, m: Moment, command: SubmitTask) -> Outputs:
         return
     if command.after:
         raise InvalidRequest("dependencies are not part of this feature level", field="after")
-    if len(command.resources or b"") + len(command.agent_config or b"") > _SIDE_VALUES:
-        raise InvalidRequest(f"resources and agent_config together may be {_SIDE_VALUES:,} bytes", field="agent_config")
     overrides = policies.overrides_of(command)
+    _check_side_values(command, overrides)
     known = s.config("type/" + command.type)
     bound = known is not None and known[0] >= (command.policy_version or 0)
     policy = policies.of_type(s, command.type, overrides) if bound else None
@@ -51,11 +57,31 @@ def submit(s: State, m: Moment, command: SubmitTask) -> Outputs:
 
 def digests(command: SubmitTask) -> tuple[str, str]:
     """(digest of all the submitter said, digest of type and input)."""
-    value = _digest((command.type, command.input))
-    retry = None if command.retry is None else sorted(command.retry.__dict__.items())
-    fields = {k: v for k, v in command.__dict__.items() if k not in _NOT_CONTENT}
-    fields |= {"retry": retry, "labels": sorted(command.labels.items())}
-    return _digest(sorted(fields.items())), value
+    return _digest(_said(command)), _digest((command.type, command.input))
+
+
+def _said(value: Any) -> Any:
+    """What a record says: without fields that have their default, so that a field added later changes no digest."""
+    if isinstance(value, dict):
+        return sorted(value.items())
+    if type(value) not in _DEFAULTS:
+        return value
+    defaults = _DEFAULTS[type(value)]
+    said = {k: v for k, v in value.__dict__.items() if k not in _NOT_CONTENT and v != defaults.get(k)}
+    return sorted((name, _said(v)) for name, v in said.items())
+
+
+def _check_side_values(command: SubmitTask, overrides: bytes | None) -> None:
+    """Every grant of the task carries them beside the input."""
+    sizes = {
+        "labels": sum(len(text.encode()) for label in command.labels.items() for text in label),
+        "resources": len(command.resources or b""),
+        "agent_config": len(command.agent_config or b""),
+        "retry": len(overrides or b""),
+    }
+    if sum(sizes.values()) > _SIDE_VALUES:
+        names = "labels, resources, agent_config and what is set of the policy"
+        raise ValueTooLarge(f"{names} together may be {_SIDE_VALUES:,} bytes", field=max(sizes, key=sizes.__getitem__))
 
 
 def _digest(value: object) -> str:

@@ -105,12 +105,12 @@ def _live_a_little(stack: Stack) -> None:
     stack.await_event(failed.id, "TaskFailed")
     for topic in {t.name for t in topics.ALL} - EMPTY:
         until(f"a record in {topic}", lambda name=topic: stack.tail(name).look())
-    until("every acknowledgement", lambda: _acknowledged(stack))
+    until("an acknowledgement", lambda: _acknowledged(stack))
 
 
 def _acknowledged(stack: Stack) -> bool:
     kinds = [type(s.message).__name__ for s in stack.tail(topics.COMMANDS.name).look()]
-    return kinds.count("ForwardedAck") >= 2
+    return "ForwardedAck" in kinds
 
 
 def _dump(stack: Stack) -> bytes:

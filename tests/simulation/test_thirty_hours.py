@@ -136,19 +136,19 @@ def test_a_death_at_every_report(laboratory: Laboratory, name: str, who: str) ->
                 DEATHS_OF[who](laboratory.kit, handle, moment)
                 assert handle.result() == result, moment
                 assert laboratory.recorded() == dict.fromkeys(executed, 1), moment
-                repeated = laboratory.executed - executed
+                had_more_to_say = number <= reports - after
+                assert handle.status().epoch == 1 + (had_more_to_say and not who.startswith("engine")), moment
                 # Only what was executed and not yet reported can be executed again: it was under way.
                 under_way = 0 if who.startswith("engine") else {"gathering": 2}.get(name, 0 if after else 1)
-                assert repeated.total() <= under_way, moment
+                assert (laboratory.executed - executed).total() <= under_way, moment
                 laboratory.executed.clear()
                 check(laboratory.kit)
-                died = handle.reports >= number
-        if not died:
+        if handle.reports < number:
             break
-    assert number > reports
+    assert number == reports + 1
 
 
-@pytest.mark.parametrize("seed", [1, 2])
+@pytest.mark.parametrize("seed", [1])
 def test_thirty_hours_and_fifty_deaths(seed: int) -> None:
     items = HOURS * 3600 // ITEM_S
     steps: Counter[int] = Counter()

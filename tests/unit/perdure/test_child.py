@@ -51,6 +51,35 @@ SOURCE = """
             ctx.step("s", abs, n)
             n += 1
 
+    def in_pool(n):
+        logging.getLogger("app").info("in the pool %s", n)
+        print("printed in the pool", flush=True)
+        return n
+
+    def use(ctx):
+        try:
+            ctx.milestone("in another process")
+        except Exception as error:
+            os._exit(7 if "own process" in str(error) else 8)
+
+    def pools(ctx):
+        import multiprocessing
+        fork = multiprocessing.get_context("fork")
+        for n in range(20):
+            ctx.step("before", abs, n)
+        pool = fork.Pool(2)
+        got = pool.map(in_pool, range(4))
+        pool.terminate()  # SIGTERM to processes that were forked off this one
+        pool.join()
+        stranger = fork.Process(target=use, args=(ctx,))
+        stranger.start()
+        stranger.join()
+        return [*got, stranger.exitcode]
+
+    @task
+    def forks(ctx):
+        return [*pools(ctx), *[ctx.step("after", abs, n) for n in range(20)]]
+
     @task
     def progresses(ctx, n):
         for i in range(n):
@@ -89,8 +118,10 @@ SOURCE = """
 
 @pytest.fixture(scope="module")
 def supervisor(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Supervisor]:
-    with supervising(tmp_path_factory.mktemp("child"), SOURCE) as found:
-        yield found
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("PYTHONUNBUFFERED", raising=False)  # buffers are what the tests of output are about
+        with supervising(tmp_path_factory.mktemp("child"), SOURCE) as found:
+            yield found
 
 
 def test_output_belongs_to_its_attempt_alone(supervisor: Supervisor) -> None:
@@ -163,6 +194,14 @@ def test_sigterm_never_breaks_a_frame(supervisor: Supervisor, pause: int) -> Non
             supervisor.server.kill(child, signal.SIGTERM)
 
     assert isinstance(supervisor.run(child, "steps_on", on_frame=cancel).last, channel.Stopped)
+
+
+def test_processes_that_user_code_forks_leave_the_channel_alone(supervisor: Supervisor) -> None:
+    ran = supervisor.run(supervisor.spawn(), "forks")
+    assert ran.result == [*range(4), 7, *range(20)]
+    assert len([f for f in ran.frames if isinstance(f, channel.Step)]) == 40
+    assert ran.stdout.count(b"printed in the pool") == 4
+    assert ran.stderr.count(b"in the pool") == 4, "what cannot go to the task's log goes to its stderr"
 
 
 def test_progress_is_thinned_out_and_the_last_is_never_lost(supervisor: Supervisor) -> None:

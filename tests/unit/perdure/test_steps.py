@@ -65,6 +65,18 @@ def test_a_loop_left_by_break_or_error_is_left() -> None:
     assert [step.step_id for step in way.of(channel.Step)] == ["a@000000000000/in-a", "/after"]
 
 
+def test_a_track_that_has_ended_is_left_even_if_it_is_kept() -> None:
+    def job(ctx: Context) -> None:
+        kept = ctx.track(range(2), name="kept")
+        for _ in kept:
+            ctx.step("in", once)
+        ctx.step("after", once)
+        assert list(kept) == []
+
+    steps = engine_for(job).run().of(channel.Step)
+    assert [step.step_id for step in steps] == ["kept@000000000000/in", "kept@000000000001/in", "/after"]
+
+
 def test_a_recorded_step_is_not_called_again() -> None:
     calls = Calls()
 
@@ -366,6 +378,19 @@ def test_pages_are_read_before_a_step_counts_as_new() -> None:
     result_of(way)
     assert calls == ["z", "m", "a", "q", "b", "zz"]
     assert len(way.of(channel.WantSteps)) == 3
+
+
+def test_pages_are_asked_for_as_they_are_needed() -> None:
+    def job(ctx: Context) -> None:
+        for i in range(9):
+            ctx.step("s", once, i, key=i)
+            if ctx.epoch == 2 and i == 4:
+                break
+        assert ctx.epoch > 1
+
+    engine = engine_for(job, page_size=3)
+    engine.run()
+    assert len(engine.run().of(channel.WantSteps)) == 1
 
 
 def test_two_threads_that_wait_for_the_same_page_ask_once() -> None:

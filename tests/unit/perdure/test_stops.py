@@ -100,6 +100,25 @@ def test_a_pause_that_is_undone_is_forgotten() -> None:
     assert result_of(way) == "done"
 
 
+def test_a_pause_that_is_undone_while_it_is_being_saved_is_forgotten() -> None:
+    def undo(frame: channel.Frame) -> None:
+        if isinstance(frame, channel.Checkpoint):
+            stop(way, "paused", undo=True)
+
+    def job(ctx: Context) -> str:
+        for i in ctx.track(range(3)):
+            ctx.state["i"] = i
+            if i == 0:
+                stop(way, "paused")
+        return "done"
+
+    attempt, way = engine_for(job).attempt()
+    way.on_send = undo
+    attempt.run()
+    assert result_of(way) == "done"
+    assert len(way.of(channel.Checkpoint)) == 1
+
+
 def test_the_stronger_of_two_stops_holds_and_an_undo_takes_only_its_own() -> None:
     def job(ctx: Context) -> None:
         for why in ("paused", "drained"):

@@ -382,6 +382,14 @@ def test_a_worker_that_dies_at_a_report(walk: Walk) -> None:
     assert handle.status().epoch == 2
 
 
+def test_two_deaths_at_one_moment(walk: Walk) -> None:
+    handle = walk.kit.submit("walk")
+    walk.kit.kill_task(handle, at=handle.after_report(4))
+    walk.kit.crash_engine(at=handle.after_report(4), lose_disk=True)
+    assert handle.result() == 4
+    assert handle.status().epoch == 2
+
+
 @pytest.mark.parametrize(("policy", "state"), [("drain", "RUNNING"), ("pause", "PAUSED")])
 def test_a_restart_hands_tasks_back_at_a_boundary(perdure_kit: Make, policy: str, state: str) -> None:
     done: list[int] = []
@@ -667,6 +675,14 @@ def test_what_a_kit_takes_as_tasks(perdure_kit: Make) -> None:
         perdure_kit([])
     with pytest.raises(ConfigurationError, match="is a list of"):
         perdure_kit(module)
+
+
+def test_the_worker_serves_the_queues_it_is_told_to(perdure_kit: Make) -> None:
+    walk = Walk(1)
+    walk.kit = perdure_kit([walk.registry], queues=["night"])
+    day, night = walk.kit.submit("walk"), walk.kit.submit("walk", queue="night")
+    assert night.result() == 0
+    assert day.status().reason == "no_worker"
 
 
 def test_a_task_with_its_own_queue_on_many_partitions(perdure_kit: Make) -> None:

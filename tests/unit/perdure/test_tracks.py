@@ -215,6 +215,14 @@ def test_a_checkpoint_that_cannot_be_loaded_fails_the_attempt_by_name() -> None:
     assert not failed.final
 
 
+def test_a_checkpoint_store_that_is_not_there_is_refused_by_name() -> None:
+    def job(ctx: Context) -> None: ...
+
+    assert result_of(engine_for(job, checkpoint_storage="local").run()) is None
+    failed = failure_of(engine_for(job, checkpoint_storage="s3").run())
+    assert "'s3'" in failed.message
+
+
 @pytest.mark.parametrize("inside", ["track", "checkpoint"])
 def test_nothing_is_saved_inside_a_step(inside: str) -> None:
     def body(ctx: Context) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from perdure.schemas import commands, events, inbox, limits, reports
+from perdure.schemas import commands, events, inbox, limits, reports, topics
 from perdure.schemas.codec import replace
 from perdure.schemas.rows import TaskState
 from tests.world import (
@@ -331,8 +331,9 @@ def test_checkpoints_go_forward_only() -> None:
 def test_a_thousand_long_milestones_stop_nothing() -> None:
     scene = Scene()
     scene.report(begun())
-    for n in range(limits.MILESTONES_MAX):
-        scene.report(milestone(f"{n:04}" + "m" * (limits.TEXT_MAX - 4)))
+    names = [f"{n:04}" + "m" * (limits.TEXT_MAX - 4) for n in range(limits.MILESTONES_MAX)]
+    for first in range(0, len(names), 200):
+        scene.report(*(milestone(name) for name in names[first : first + 200]))
     scene.report(stopped("drained"))
     assert scene.task.state == "RUNNING", "the next grant fits the inbox"
     assert max(len(r.value or b"") for r in scene.world.log.records("worker-inbox")) <= limits.INBOX_MAX
@@ -350,9 +351,8 @@ def test_a_thousand_long_milestones_stop_nothing() -> None:
         checkpoint(1, **{f"track{n}" + "t" * 1_000: n for n in range(limits.POSITIONS_MAX)}),
         progress(float("nan")),
         progress(float("inf")),
-        progress(-0.5),
     ],
-    ids=["step", "step_id", "milestone", "checkpoint", "nan", "inf", "negative"],
+    ids=["step", "step_id", "milestone", "checkpoint", "nan", "inf"],
 )
 def test_values_out_of_bounds_are_refused_and_the_attempt_goes_on(report: Any) -> None:
     scene = Scene()
@@ -392,6 +392,4 @@ def test_progress_is_published_and_shown() -> None:
     scene.report(begun(), progress(0.25, current_step="load", units_done=1, units_total=4), progress(0.5, units_done=2))
     shown = scene.world.status(scene.task_id)
     assert (shown["progress"], shown["current_step"], shown["units_done"], shown["units_total"]) == (0.5, "load", 2, 4)
-    from perdure.schemas import topics
-
     assert [p.fraction for p in scene.world.all(topics.TELEMETRY)] == [0.25, 0.5]
