@@ -15,7 +15,7 @@ from perdure.replies import Replies
 from perdure.schemas import codec, ids, json_commands, limits, topics
 from perdure.schemas.codec import replace
 from perdure.schemas.errors import InfrastructureError, Unreachable
-from perdure.streams.host import host_id, take_slot
+from perdure.streams.host_slots import HostSlot, host_id
 from perdure.streams.kafka_log import KafkaLog
 from perdure.streams.log import Log
 from perdure.streams.processor import Kind
@@ -36,18 +36,18 @@ def main(
     """
     log = KafkaLog(settings.require_bootstrap(), settings.namespace, options=settings.kafka)
     state = state_directory(settings)
-    slot, held = take_slot(state, "server")
-    with held:
-        instance = f"{host_id(state)}-{slot}"
-        commands = Commands(log)
-        try:
-            return server.main(
-                log, host=host, port=port, token=settings.api_token, db_path=state / f"views-{slot}.sqlite",
-                commands=commands, ready=ready,
-                background=[_running(log, kind, state / "partition", instance) for kind in (PROGRESS, DEAD_LETTERS)],
-            )  # fmt: skip
-        finally:
-            commands.close()
+    slot = HostSlot(state, "server")
+    instance = f"{host_id(state)}-{slot.number}"
+    commands = Commands(log)
+    try:
+        return server.main(
+            log, host=host, port=port, token=settings.api_token, db_path=state / f"views-{slot.number}.sqlite",
+            commands=commands, ready=ready,
+            background=[_running(log, kind, state / "partition", instance) for kind in (PROGRESS, DEAD_LETTERS)],
+        )  # fmt: skip
+    finally:
+        commands.close()
+        slot.release()
 
 
 def _running(log: Log, kind: Kind, directory: Path, instance: str) -> server.Work:

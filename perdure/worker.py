@@ -30,7 +30,6 @@ import psutil
 from perdure import process
 from perdure.children import Events
 from perdure.forkserver import ForkServer, Loaded
-from perdure.host import HostSlot, host_id, worker_name
 from perdure.reporter import Reporter
 from perdure.schemas import codec, topics
 from perdure.schemas.errors import ConfigurationError
@@ -57,6 +56,7 @@ from perdure.session import (
     share_out,
 )
 from perdure.slots import Slots
+from perdure.streams.host_slots import HostSlot, host_id, worker_name
 from perdure.streams.log import Log
 from perdure.worker_logs import METRICS_MS, Activity, LogWriter, Machine
 

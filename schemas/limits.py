@@ -38,13 +38,10 @@ FIND_IDS_MAX = 100
 # Decoding
 DEPTH_MAX = 64
 """Nesting of JSON and of Avro values."""
-ITEMS_MAX = 100_000
-"""Items of all arrays and maps of one record together."""
 
 # Engine
 BATCH_RECORDS = 1_000
 BATCH_BYTES = 8 * 1024 * 1024
-BATCH_MS = 50
 DECISION_KEYS = 1_000
 CHUNK = 150
 """Tasks that one decision changes when it works through many."""
@@ -62,8 +59,7 @@ CLOCK_BACK_MS = 1_000
 TICK_SPACING_MS = 50
 WAITER_MAX_MS = 60_000
 RETAIN_MS = 7 * 24 * 3600 * 1000
-"""How long the engine knows an ended task; dead letters stay until discarded."""
-ANSWER_MS = 24 * 3600 * 1000
+"""How long the engine knows an ended task and its answers, at least 24 h; dead letters stay until discarded."""
 FORWARD_RESEND_MS = 5_000
 ORPHAN_AFTER_MS = 600_000
 VERDICT_MS = 5_000

@@ -245,8 +245,8 @@ def _may_rerun(s: State, task_id: str, known: Step, report: reports.ReportStep) 
 
 def _checkpoint(s: State, m: Moment, task_id: str, report: reports.ReportCheckpoint) -> Outputs:
     yield events.CheckpointRecorded(
-        **of_task(s, m, task_id), epoch=s.known(task_id).epoch, version=report.version, uri=report.uri, sha256=report.sha256,
-        size=report.size, positions=report.positions,
+        **of_task(s, m, task_id), epoch=s.known(task_id).epoch, version=report.version, uri=report.uri,
+        sha256=report.sha256, size=report.size, positions=report.positions,
     )  # fmt: skip
     yield from retire_steps(s, m, task_id)
 

@@ -267,9 +267,7 @@ def _rejection(
     """An event of the task if it is known here, else of the partition: no state is kept for ids that name nothing."""
     known = bool(task_id) and s.task(task_id) is not None
     of = of_task(s, m, task_id) if known else of_partition(s, m)
-    return events.CommandRejected(
-        **of, command_id=command_id, command=kind, reason=reason, field=field
-    )
+    return events.CommandRejected(**of, command_id=command_id, command=kind, reason=reason, field=field)
 
 
 def _reply(

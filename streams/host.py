@@ -6,58 +6,24 @@ consumer group, so that a restarted process gets its partitions back without a r
 
 from __future__ import annotations
 
-import fcntl
 import json
 import threading
-import uuid
 from collections.abc import Callable
 from pathlib import Path
-from typing import IO
 
 from perdure.schemas import codec, topics
-from perdure.schemas.errors import ConfigurationError
 from perdure.schemas.public import ConfigRecord
 from perdure.schemas.signing import Keys
 from perdure.streams import topology
 from perdure.streams.config_view import ConfigView
 from perdure.streams.duties import Duties
 from perdure.streams.engine import Engine
+from perdure.streams.host_slots import HostSlot, host_id
 from perdure.streams.kafka_log import KafkaLog
 from perdure.streams.local_engine import engine_kind
 from perdure.streams.log import Log
 from perdure.streams.runner import Runner
 from perdure.streams.shard import Shard
-
-_SLOTS = 64
-
-
-def host_id(state_dir: Path) -> str:
-    """The host's id: made once, kept in the state directory."""
-    state_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
-    path = state_dir / "host-id"
-    try:
-        with path.open("x") as file:
-            file.write(uuid.uuid4().hex)
-    except FileExistsError:
-        pass
-    found = path.read_text().strip()
-    if not found:
-        raise ConfigurationError(f"{path} is empty: remove it, and the host takes a new id")
-    return found
-
-
-def take_slot(state_dir: Path, role: str) -> tuple[int, IO[str]]:
-    """The first free slot of a role on this host, held until the file is closed. Raises `ConfigurationError`."""
-    state_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
-    for slot in range(_SLOTS):
-        file = (state_dir / f"{role}-{slot}.lock").open("a")
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.close()
-            continue
-        return slot, file
-    raise ConfigurationError(f"all {_SLOTS} {role} slots in {state_dir} are taken")
 
 
 def publish_schemas(log: Log) -> None:
@@ -83,7 +49,7 @@ class EngineHost:
     ) -> None:
         topology.verify_topics(log)
         publish_schemas(log)
-        slot, self._lock = take_slot(state_dir, "engine")
+        self._slot = HostSlot(state_dir, "engine")
         self._log, self._keys = log, keys
         self._config = ConfigView(log)
         self._config.refresh()
@@ -93,7 +59,7 @@ class EngineHost:
             log,
             engine_kind(log.partitions, keys),
             state_dir / "partition",
-            instance=f"{host_id(state_dir)}-{slot}",
+            instance=f"{host_id(state_dir)}-{self._slot.number}",
             committed=False,
             duties=self._duties,
             on_ready=on_ready,
@@ -114,7 +80,7 @@ class EngineHost:
             watcher.join(5.0)
             self._config.close()
             self._producer.close()
-            self._lock.close()
+            self._slot.release()
 
     def stop(self) -> None:
         """Finish the transactions under way and end."""

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from perdure.host import HostSlot, host_id, worker_name
 from perdure.schemas.errors import ConfigurationError
+from perdure.streams.host_slots import HostSlot, host_id, worker_name
 
 
 def test_the_host_id_stays(tmp_path: Path) -> None:
@@ -40,7 +40,7 @@ def test_two_holders_get_two_slots_and_a_released_one_is_taken_again(tmp_path: P
 
 def test_the_slot_of_a_killed_process_is_free_again(tmp_path: Path) -> None:
     program = (
-        "import sys, pathlib; from perdure.host import HostSlot\n"
+        "import sys, pathlib; from perdure.streams.host_slots import HostSlot\n"
         "slot = HostSlot(pathlib.Path(sys.argv[1]), 'worker'); print(slot.number, flush=True); sys.stdin.read()"
     )
     with subprocess.Popen(

@@ -11,16 +11,9 @@ import os
 import uuid
 from pathlib import Path
 
-from platformdirs import user_state_path
-
 from perdure.schemas.errors import ConfigurationError
 
 SLOTS_MAX = 10_000
-
-
-def default_state_dir() -> Path:
-    """Where a process keeps its identity when it is not told otherwise."""
-    return user_state_path("perdure")
 
 
 def host_id(state_dir: Path) -> str:
