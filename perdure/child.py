@@ -79,9 +79,9 @@ class Settings(msgspec.Struct, frozen=True):
 class ProgressRelay(threading.Thread):
     """Thins out progress: at once where it is rare, else the newest of each attempt every `PROGRESS_S`."""
 
-    def __init__(self, connection: Connection) -> None:
+    def __init__(self, send: Callable[[Frame], None]) -> None:
         super().__init__(name="perdure-progress", daemon=True)
-        self._connection = connection
+        self._send = send
         self._changed = threading.Condition()
         self._waiting: dict[tuple[str, int], Progress] = {}
         self._sent: dict[tuple[str, int], float] = {}
@@ -93,7 +93,7 @@ class ProgressRelay(threading.Thread):
             now = time.monotonic()
             if key not in self._waiting and now - self._sent.get(key, 0.0) >= PROGRESS_S:
                 self._sent[key] = now
-                self._connection.send(frame)
+                self._send(frame)
                 return
             self._waiting[key] = frame
             if not self.is_alive():
@@ -106,7 +106,7 @@ class ProgressRelay(threading.Thread):
             last = self._waiting.pop((task_id, epoch), None)
             self._sent.pop((task_id, epoch), None)
             if last is not None:
-                self._connection.send(last)
+                self._send(last)
 
     def run(self) -> None:
         while True:
@@ -117,7 +117,7 @@ class ProgressRelay(threading.Thread):
             with self._changed:
                 for key, frame in self._waiting.items():
                     self._sent[key] = time.monotonic()
-                    self._connection.send(frame)
+                    self._send(frame)
                 self._waiting.clear()
 
 
@@ -128,7 +128,7 @@ class Wire:
         self._socket = sock
         self._connection = Connection(sock, child=True)
         self._unpacker = Unpacker(child=True)
-        self.relay = ProgressRelay(self._connection)
+        self.relay = ProgressRelay(self._put)
         self.left = False
         """Whether this is not the child any more but a process that user code has forked off it."""
 
@@ -146,12 +146,15 @@ class Wire:
         """Send a frame. Thread-safe; blocks while the socket's buffer is full."""
         if self.left:
             raise StepError("ctx belongs to the task's own process; return what this process found and report it there")
+        if isinstance(frame, Progress):
+            self.relay.offer(frame)
+            return
+        if isinstance(frame, LAST):
+            self.relay.end(frame.task_id, frame.epoch)
+        self._put(frame)
+
+    def _put(self, frame: Frame) -> None:
         try:
-            if isinstance(frame, Progress):
-                self.relay.offer(frame)
-                return
-            if isinstance(frame, LAST):
-                self.relay.end(frame.task_id, frame.epoch)
             self._connection.send(frame)
         except OSError:
             die()

@@ -131,7 +131,8 @@ class Child:
         try:
             data = pack(run)
             sent = socket.send_fds(self._socket, [data], [lent_stdout, lent_stderr])
-            self._socket.sendall(data[sent:])
+            if sent < len(data):  # a child that has got it all may have ended by now, which is no error of sending
+                self._socket.sendall(data[sent:])
         except OSError:
             os.close(stdout)
             os.close(stderr)

@@ -144,7 +144,7 @@ class Sections:
     def _present(self) -> object:
         if self._is_async:
             try:
-                return asyncio.current_task()
+                return asyncio.current_task() or threading.current_thread()
             except RuntimeError:  # a thread that the task started
                 return threading.current_thread()
         return threading.current_thread()

@@ -12,8 +12,8 @@ from typing import Any
 from perdure.schemas import events, rows
 from perdure.schemas.codec import replace
 from perdure.streams import evolve_task, tables
-from perdure.streams.evolve_task import expect
 from perdure.streams.state import State
+from perdure.streams.task_change import expect
 
 
 def evolve(s: State, event: Any) -> None:
@@ -84,9 +84,9 @@ def _clock_adjusted(s: State, e: events.ClockAdjusted) -> None:
     """
     before = s.clock
     s.put(tables.CLOCK, b"", rows.Clock(offset=e.offset, unconfirmed=e.unconfirmed, shift=e.shift))
-    if e.unconfirmed:
+    if e.unconfirmed > 0:
         return
-    if before.unconfirmed and next(s.scan(tables.WINDOW), None) is not None:
+    if before.unconfirmed > 0 and next(s.scan(tables.WINDOW), None) is not None:
         confirmed = before.unconfirmed if e.shift == before.shift else 0
         s.put(tables.WINDOW, _CONFIRMED, rows.Mark(value=confirmed))
     level = s.get(tables.WINDOW, _CONFIRMED)

@@ -15,17 +15,8 @@ from perdure.schemas.common import CheckpointRef, ErrorInfo
 from perdure.schemas.rows import TaskState
 from perdure.streams import policies, tables
 from perdure.streams.state import State
+from perdure.streams.task_change import TaskChange, expect
 from perdure.streams.task_lifecycle import DEAD, ENDED, LEGAL
-
-
-class IllegalTransition(Exception):
-    """An event does not fit the state: a defect of a decision. Never leaves the core."""
-
-
-def expect(holds: bool, otherwise: str) -> None:
-    """Raise `IllegalTransition` unless something holds that every decision has to see to."""
-    if not holds:
-        raise IllegalTransition(otherwise)
 
 
 def apply(s: State, event: Any) -> None:
@@ -39,94 +30,6 @@ def apply(s: State, event: Any) -> None:
         if type(event) in _OF_THE_GRANT:
             expect(event.epoch == t.epoch, f"{name}: epoch {event.epoch} in epoch {t.epoch}")
     HANDLERS[type(event)](s, event)
-
-
-class _Task:
-    """A task's state while an event changes it: rows that hang on it are written at once, itself by `save`."""
-
-    def __init__(self, s: State, event: Any) -> None:
-        self.s, self.event, self.id = s, event, event.task_id
-        row = s.task(self.id)
-        expect(row is not None, f"no task {self.id}")
-        assert row is not None
-        self.row: TaskState = row
-        self.changes: dict[str, Any] = {"seq": event.seq, "updated_at": event.at}
-
-    def save(self, **changes: Any) -> None:
-        """Write the state with everything that has changed."""
-        self.changes |= changes
-        self.s.put(tables.task(self.id), tables.STATE, replace(self.row, **self.changes))
-
-    def move(self, state: str, **changes: Any) -> None:
-        """To another state, if the table allows it."""
-        expect(state in LEGAL[self.row.state], f"{type(self.event).__name__}: {self.row.state} to {state} of {self.id}")
-        self.changes |= {"state": state, "reason": "", "stopping": "none"} | changes
-
-    def arm(self, kind: str, due: int, *, relative: bool = True) -> None:
-        """Set a timer, in place of an older one of the kind. `relative`: counted from this event on, so in a window of
-        doubt it has to be set right should the window's jump turn out to have been none.
-        """
-        self.disarm(kind)
-        suffix = tables.timer(due, kind, self.id)
-        self.s.put(tables.TIMERS, suffix, rows.Timer(task_id=self.id, kind=kind))
-        if relative and self.s.clock.unconfirmed:
-            self.s.put(tables.WINDOW, suffix, rows.Mark(value=self.s.clock.unconfirmed))
-        self.changes["timers"] = self._timers() | {kind: due}
-
-    def disarm(self, *kinds: str) -> None:
-        """Take timers back."""
-        timers = self._timers()
-        for kind in kinds:
-            due = timers.pop(kind, None)
-            if due is not None:
-                self.s.put(tables.TIMERS, tables.timer(due, kind, self.id), None)
-        self.changes["timers"] = timers
-
-    def disarm_all(self) -> None:
-        """Take every timer back."""
-        self.disarm(*self._timers())
-
-    def _timers(self) -> dict[str, int]:
-        return dict(self.changes.get("timers", self.row.timers))
-
-    def time(self) -> int:
-        """Partition time of the event."""
-        return self.s.partition_time(self.event.at)
-
-    def due(self, delay: int) -> int:
-        """Partition time `delay` after the event."""
-        return self.s.due(self.event.at, delay)
-
-    def spec(self) -> rows.TaskSpec:
-        return self.s.spec(self.id)
-
-    def place(self) -> tuple[bytes, bytes]:
-        """Key of the task's place in the ready queue, or among those held until their type's version is applied."""
-        spec = self.spec()
-        held = spec.policy is None and spec.policy_version is not None
-        scope = tables.held if held else tables.ready
-        return scope(spec.queue, spec.type), tables.place(spec.priority, self.row.order)
-
-    def leave_queue(self) -> None:
-        """Off the ready queue; the queue clock stands."""
-        if self.row.ready:
-            self.s.put(*self.place(), None)
-            used = self.row.queue_used + self.time() - self.row.clock_since
-            self.changes |= {"ready": False, "queue_used": max(0, used)}
-        self.disarm("queue")
-
-    def end_epoch(self) -> None:
-        """The grant is over: lease, slot and running clocks are given back."""
-        t = self.row
-        if not t.session:
-            return
-        self.s.put(tables.leases(t.session), tables.number(t.grant), None)
-        session = self.s.sessions.get(t.session)
-        if session is not None:
-            self.s.put(tables.SESSIONS, t.session.encode(), replace(session, running=max(0, session.running - 1)))
-        used = t.run_used + (self.time() - t.clock_since if t.started else 0)
-        self.disarm("run", "start")
-        self.changes |= {"session": "", "started": False, "run_used": max(0, used)}
 
 
 # Submit, queue, grant ------------------------------------------------------------------------------------------------
@@ -147,7 +50,7 @@ def _submitted(s: State, e: events.TaskSubmitted) -> None:
         _unbound(s, e)
     total = policies.effective(s, e.task_id).total_timeout
     if total is not None:
-        task = _Task(s, e)
+        task = TaskChange(s, e)
         task.arm("total", task.due(total))
         task.save()
 
@@ -159,7 +62,7 @@ def _unbound(s: State, e: Any) -> None:
 
 
 def _policy_bound(s: State, e: events.TaskPolicyBound) -> None:
-    task = _Task(s, e)
+    task = TaskChange(s, e)
     spec = task.spec()
     scope, suffix = tables.unbound(spec.type), e.task_id.encode()
     mark = s.get(scope, suffix)
@@ -179,7 +82,7 @@ def _policy_bound(s: State, e: events.TaskPolicyBound) -> None:
 
 
 def _queued(s: State, e: events.TaskQueued) -> None:
-    task = _Task(s, e)
+    task = TaskChange(s, e)
     if task.row.state == "PAUSED":
         task.move("PENDING")
     if e.due is not None:  # a start time, or a delay that was counted when it was set
@@ -197,7 +100,7 @@ def _queued(s: State, e: events.TaskQueued) -> None:
 
 
 def _granted(s: State, e: events.TaskGranted) -> None:
-    task = _Task(s, e)
+    task = TaskChange(s, e)
     expect(task.row.ready and e.epoch == task.row.epoch + 1, f"grant {e.epoch} of {e.task_id} without a place")
     task.leave_queue()
     task.move("RUNNING")
@@ -220,7 +123,7 @@ def _granted(s: State, e: events.TaskGranted) -> None:
 
 
 def _started(s: State, e: events.AttemptStarted) -> None:
-    task = _Task(s, e)
+    task = TaskChange(s, e)
     task.disarm("start")
     policy = policies.effective(s, e.task_id)
     if policy.run_timeout is not None:
@@ -243,7 +146,7 @@ def _put_live(s: State, task_id: str, **changes: Any) -> None:
 
 
 def _step_started(s: State, e: events.StepStarted) -> None:
-    task = _Task(s, e)
+    task = TaskChange(s, e)
     _drop_step(task, tables.step(e.step_id))
     step = rows.Step(function=e.function, code_version="", args_hash=e.args_hash, result=None)
     s.put(tables.task(e.task_id), tables.begun(e.step_id), step)
@@ -251,7 +154,7 @@ def _step_started(s: State, e: events.StepStarted) -> None:
 
 
 def _step_completed(s: State, e: events.StepCompleted) -> None:
-    task = _Task(s, e)
+    task = TaskChange(s, e)
     scope, suffix = tables.task(e.task_id), tables.step(e.step_id)
     _drop_step(task, tables.begun(e.step_id))
     kept = task.row.steps_kept + (s.get(scope, suffix) is None)
@@ -261,7 +164,7 @@ def _step_completed(s: State, e: events.StepCompleted) -> None:
     task.save(steps_completed=task.row.steps_completed + 1, steps_kept=kept, crashes=0, sessions_lost=0)
 
 
-def _drop_step(task: _Task, suffix: bytes) -> None:
+def _drop_step(task: TaskChange, suffix: bytes) -> None:
     """Forget a step that has begun, or the recorded result of one that is run anew."""
     scope = tables.task(task.id)
     if task.s.get(scope, suffix) is not None:
@@ -271,13 +174,13 @@ def _drop_step(task: _Task, suffix: bytes) -> None:
 
 
 def _step_failed(s: State, e: events.StepFailed) -> None:
-    task = _Task(s, e)
+    task = TaskChange(s, e)
     _drop_step(task, tables.begun(e.step_id))
     task.save()
 
 
 def _steps_retired(s: State, e: events.StepsRetired) -> None:
-    task = _Task(s, e)
+    task = TaskChange(s, e)
     scope = tables.task(e.task_id)
     gone = 0
     for suffix, _ in list(s.scan(scope, start=tables.step(e.from_step), prefix=tables.STEPS)):
@@ -290,13 +193,13 @@ def _steps_retired(s: State, e: events.StepsRetired) -> None:
 
 
 def _milestone(s: State, e: events.MilestoneReached) -> None:
-    task = _Task(s, e)
+    task = TaskChange(s, e)
     _put_live(s, e.task_id, active=task.due(0))
     task.save(milestones=[*task.row.milestones, e.name])
 
 
 def _checkpoint(s: State, e: events.CheckpointRecorded) -> None:
-    task = _Task(s, e)
+    task = TaskChange(s, e)
     ref = CheckpointRef(version=e.version, uri=e.uri, sha256=e.sha256, size=e.size, positions=e.positions)
     _put_live(s, e.task_id, active=task.due(0))
     task.save(checkpoint=ref, crashes=0, sessions_lost=0)
@@ -306,15 +209,15 @@ def _checkpoint(s: State, e: events.CheckpointRecorded) -> None:
 
 
 def _pause_requested(s: State, e: events.PauseRequested) -> None:
-    _Task(s, e).save(stopping="pausing")
+    TaskChange(s, e).save(stopping="pausing")
 
 
 def _cancel_requested(s: State, e: events.CancelRequested) -> None:
-    _Task(s, e).save(stopping="cancelling", stop_detail=e.reason)
+    TaskChange(s, e).save(stopping="cancelling", stop_detail=e.reason)
 
 
 def _timeout_reached(s: State, e: events.TimeoutReached) -> None:
-    task = _Task(s, e)
+    task = TaskChange(s, e)
     task.disarm(e.which)
     if task.row.stopping == "cancelling" or (task.row.stopping == "timing_out" and e.which != "total"):
         task.save()
@@ -323,11 +226,11 @@ def _timeout_reached(s: State, e: events.TimeoutReached) -> None:
 
 
 def _drain_requested(s: State, e: events.DrainRequested) -> None:
-    _Task(s, e).save(stopping="draining")
+    TaskChange(s, e).save(stopping="draining")
 
 
 def _paused(s: State, e: events.TaskPaused) -> None:
-    task = _Task(s, e)
+    task = TaskChange(s, e)
     task.leave_queue()
     task.end_epoch()
     task.disarm("due")
@@ -336,7 +239,7 @@ def _paused(s: State, e: events.TaskPaused) -> None:
 
 
 def _resumed(s: State, e: events.TaskResumed) -> None:
-    task = _Task(s, e)
+    task = TaskChange(s, e)
     task.save(**({"stopping": "none"} if task.row.state == "RUNNING" else {}))
 
 
@@ -344,7 +247,7 @@ def _resumed(s: State, e: events.TaskResumed) -> None:
 
 
 def _attempt_lost(s: State, e: events.AttemptLost) -> None:
-    task = _Task(s, e)
+    task = TaskChange(s, e)
     task.end_epoch()
     task.move("PENDING")
     crashed = e.why == "crashed"
@@ -353,19 +256,19 @@ def _attempt_lost(s: State, e: events.AttemptLost) -> None:
 
 
 def _attempt_failed(s: State, e: events.AttemptFailed) -> None:
-    task = _Task(s, e)
+    task = TaskChange(s, e)
     task.end_epoch()
     task.save(error=e.error, charged=False, crashes=0, run_used=0)
 
 
 def _retry_scheduled(s: State, e: events.RetryScheduled) -> None:
-    task = _Task(s, e)
+    task = TaskChange(s, e)
     task.move("PENDING", reason="retry_backoff")
     task.arm("due", e.due)
     task.save(due=e.due)
 
 
-def _end(task: _Task, state: str, **changes: Any) -> None:
+def _end(task: TaskChange, state: str, **changes: Any) -> None:
     """The task has ended: nothing of it waits any more."""
     task.leave_queue()
     task.end_epoch()
@@ -381,30 +284,30 @@ def _end(task: _Task, state: str, **changes: Any) -> None:
 
 def _completed(s: State, e: events.TaskCompleted) -> None:
     s.put(tables.task(e.task_id), tables.RESULT, rows.TaskResult(result=e.result))
-    _end(_Task(s, e), "COMPLETED", error=None)
+    _end(TaskChange(s, e), "COMPLETED", error=None)
 
 
 def _failed(s: State, e: events.TaskFailed) -> None:
-    _end(_Task(s, e), "FAILED", error=e.error)
+    _end(TaskChange(s, e), "FAILED", error=e.error)
 
 
 def _timed_out(s: State, e: events.TaskTimedOut) -> None:
     error = ErrorInfo(
         type="timeout", message=f"the {e.which.replace('_', '-')} timeout ran out", error_types=["timeout"]
     )
-    _end(_Task(s, e), "TIMED_OUT", error=error, stop_detail=e.which)
+    _end(TaskChange(s, e), "TIMED_OUT", error=error, stop_detail=e.which)
 
 
 def _cancelled(s: State, e: events.TaskCancelled) -> None:
-    _end(_Task(s, e), "CANCELLED", stop_detail=e.reason)
+    _end(TaskChange(s, e), "CANCELLED", stop_detail=e.reason)
 
 
 def _dead_lettered(s: State, e: events.TaskDeadLettered) -> None:
-    _Task(s, e).save(dead_letter=True)
+    TaskChange(s, e).save(dead_letter=True)
 
 
 def _redriven(s: State, e: events.TaskRedriven) -> None:
-    task = _Task(s, e)
+    task = TaskChange(s, e)
     spec = task.spec()
     if e.input is not None:
         s.put(tables.task(e.task_id), tables.SPEC, replace(spec, input=e.input))
@@ -416,17 +319,27 @@ def _redriven(s: State, e: events.TaskRedriven) -> None:
     if total is not None:
         task.arm("total", task.due(total))
     task.save(attempt=0, charged=False, order=e.order, dead_letter=False, finished_at=None, queue_used=0, run_used=0,
-              crashes=0, sessions_lost=0, stop_detail="")  # fmt: skip
+              crashes=0, sessions_lost=0, stop_detail="",
+              steps_kept=task.row.steps_kept - _forget_begun(task))  # fmt: skip
+
+
+def _forget_begun(task: TaskChange) -> int:
+    """A person has looked at the steps whose outcome was unknown: they run again. Returns how many there were."""
+    scope = tables.task(task.id)
+    begun = [suffix for suffix, step in task.s.scan(scope, prefix=tables.STEPS) if step.result is None]
+    for suffix in begun:
+        task.s.put(scope, suffix, None)
+    return len(begun)
 
 
 def _discarded(s: State, e: events.DeadLetterDiscarded) -> None:
-    task = _Task(s, e)
+    task = TaskChange(s, e)
     task.arm("retain", task.due(limits.RETAIN_MS))
     task.save(dead_letter=False)
 
 
 def _answers_forgotten(s: State, e: events.AnswersForgotten) -> None:
-    task = _Task(s, e)
+    task = TaskChange(s, e)
     scope = tables.task(e.task_id)
     for i, (suffix, _) in enumerate(list(s.scan(scope, prefix=tables.ANSWERS))):
         if i < e.count:
@@ -435,7 +348,7 @@ def _answers_forgotten(s: State, e: events.AnswersForgotten) -> None:
 
 
 def _retired(s: State, e: events.TaskRetired) -> None:
-    task = _Task(s, e)
+    task = TaskChange(s, e)
     task.disarm_all()
     scope = tables.task(e.task_id)
     expect(task.row.steps_kept == 0, f"{e.task_id} is retired with {task.row.steps_kept} steps")
@@ -451,7 +364,7 @@ def _retired(s: State, e: events.TaskRetired) -> None:
 
 
 def _rejected(s: State, e: events.CommandRejected | events.ReportRejected) -> None:
-    _Task(s, e).save()
+    TaskChange(s, e).save()
 
 
 _RUNNING = frozenset({"RUNNING"})

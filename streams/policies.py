@@ -44,11 +44,17 @@ def fault(name: str, content: bytes | None) -> str | None:
         value = {} if content is None else json.loads(content)
         if not isinstance(value, dict):
             return "no JSON object"
-        if name.startswith("type/"):
-            policy_from_json(value.get("policy", {}))
+        kind, _, rest = name.partition("/")
+        policy, routing_keys = value.get("policy", {}), value.get("routing_keys", [])
+        if kind == "type":
+            if not isinstance(policy, dict):
+                return "policy is no JSON object"
+            policy_from_json(policy)
             check_queue(value.get("queue") or limits.DEFAULT_QUEUE)
-        elif name.startswith("queue/"):
-            for key in value.get("routing_keys", []):
+        elif kind == "queue" and content is not None:
+            if not isinstance(routing_keys, list):
+                return "routing_keys is no list"
+            for key in (rest, *routing_keys):
                 check_queue(key, "routing_keys")
     except (ValueError, TypeError, InvalidRequest) as error:
         return str(error)

@@ -174,7 +174,7 @@ class State:
 
     def due(self, at: int, delay: int) -> int:
         """Partition time `delay` after the log time `at`; in a window of doubt, counted from the later reading."""
-        return at + self.clock.offset + self.clock.unconfirmed + delay
+        return at + self.clock.offset + max(0, self.clock.unconfirmed) + delay
 
     def _first_timer(self) -> int | None:
         """Partition time of the earliest timer."""

@@ -48,9 +48,9 @@ def submit(s: State, m: Moment, command: SubmitTask) -> Outputs:
         policy_version=known[0] if known is not None and bound else command.policy_version,
         submitted_by=command.issued_by, overrides=overrides,
     )  # fmt: skip
-    delay = 0 if command.not_before is None else command.not_before - m.at
-    if delay > 0:
-        yield events.TaskQueued(**of_task(s, m, task_id), reason="delayed", due=s.due(m.at, delay))
+    due = None if command.not_before is None else s.due(command.not_before, 0)
+    if due is not None and due > m.now:
+        yield events.TaskQueued(**of_task(s, m, task_id), reason="delayed", due=due)
     else:
         yield events.TaskQueued(**of_task(s, m, task_id), reason="queued")
 

@@ -30,6 +30,7 @@ SHELL = frozenset(
         "duties",
         "engine",
         "host",
+        "host_slots",
         "kafka_connection",
         "kafka_consumers",
         "kafka_log",

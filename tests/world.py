@@ -20,7 +20,7 @@ from perdure.streams import tables
 from perdure.streams.engine import Engine
 from perdure.streams.local_engine import LocalEngine
 from perdure.streams.log import OutcomeUnknown, Record, TransactionAborted
-from perdure.streams.memory_log import MemoryLog, MemoryMember, MemoryTransactional
+from perdure.streams.memory_log import Clock, MemoryLog, MemoryMember, MemoryTransactional
 from perdure.streams.store import MemoryStore, Store
 
 T = TypeVar("T")
@@ -36,9 +36,17 @@ class Crash(BaseException):
 
 
 class FaultyLog(MemoryLog):
-    """A log whose next commit ends as it is told: see `World.fault`."""
+    """A log whose next commit ends as it is told (see `World.fault`), and that notes the true time of each append."""
 
-    fault: str = ""
+    def __init__(self, clock: Clock, partitions: int, true_clock: Clock) -> None:
+        super().__init__(clock, partitions)
+        self.fault = ""
+        self.true_clock = true_clock
+        self.true_time: dict[tuple[str, int, int], int] = {}
+
+    def _append(self, topic: str, partition: int, *rest: Any, **more: Any) -> Any:
+        self.true_time[topic, partition, self._data[topic, partition].end] = self.true_clock()
+        return super()._append(topic, partition, *rest, **more)
 
     def transactional(self, name: str) -> MemoryTransactional:
         plain = super().transactional(name)
@@ -88,7 +96,7 @@ class World:
 
     def __init__(self, partitions: int = 2, *, batch: int = 100, types: Mapping[str, Any] | None = None) -> None:
         self.now, self.skew, self._batch = T0, 0, batch
-        self.log = FaultyLog(lambda: self.now + self.skew, partitions)
+        self.log = FaultyLog(lambda: self.now + self.skew, partitions, lambda: self.now)
         self.partitions = partitions
         self.producer = self.log.producer()
         self.stores: dict[int, Store] = {p: HistoryStore() for p in range(partitions)}

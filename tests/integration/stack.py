@@ -246,9 +246,9 @@ class Stack:
         self._processes.append(made)
         return made
 
-    def engine(self, name: str = "engine", program: tuple[str, ...] = ("-m", "perdure.cli")) -> Process:
+    def engine(self, *options: str, program: tuple[str, ...] = ("-m", "perdure.cli")) -> Process:
         """An engine that has all partitions; returns when all are up to date."""
-        engine = self.process(name, *program, "engine").start()
+        engine = self.process("engine", *program, "engine", *options).start()
         self.await_engine(engine)
         return engine
 

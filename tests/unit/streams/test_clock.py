@@ -52,6 +52,33 @@ def test_an_hour_ahead_for_a_minute_and_back_fires_nothing_early(steps: tuple[in
     assert not world.quarantined()
 
 
+@pytest.mark.parametrize("first", ["tick", "submit"])
+def test_an_hour_behind_for_a_minute_and_right_again_fires_nothing_early(first: str) -> None:
+    world = World()
+    before = world.submit(queue_timeout=10 * MINUTE)
+    due = world.now + 10 * MINUTE
+    world.advance(SECOND)
+    jump(world, -HOUR)
+    meanwhile = world.submit(queue_timeout=10 * MINUTE)
+    due_meanwhile = world.now + 10 * MINUTE
+    world.advance(MINUTE)
+    jump(world, HOUR)
+    world.tick(world.partition_of(before)) if first == "tick" else world.submit()
+    assert due - EARLY <= fired_at(world, before, events.TaskTimedOut, HOUR) <= due + 2 * SECOND
+    assert due_meanwhile - EARLY <= fired_at(world, meanwhile, events.TaskTimedOut, HOUR) <= due_meanwhile + 2 * SECOND
+
+
+def test_time_that_passes_while_the_clock_is_behind_counts() -> None:
+    world = World()
+    task_id = world.submit(queue_timeout=3 * HOUR)
+    due = world.now + 3 * HOUR
+    jump(world, -HOUR)
+    world.submit()
+    world.now += 2 * HOUR
+    jump(world, HOUR)
+    assert due - EARLY <= fired_at(world, task_id, events.TaskTimedOut, 4 * HOUR, MINUTE) <= due + 2 * MINUTE
+
+
 def test_the_record_that_brings_the_clock_back_fires_nothing_early() -> None:
     world = World()
     task_id = world.submit(queue_timeout=10 * MINUTE)
@@ -89,6 +116,21 @@ def test_a_start_time_set_while_the_clock_is_ahead_is_kept_to() -> None:
     while not world.task(task_id).ready:
         world.advance(MINUTE)
     assert due - EARLY <= world.now <= due + 2 * MINUTE
+
+
+def test_a_start_time_that_the_clock_has_only_passed_by_being_ahead_is_kept_to() -> None:
+    world = World()
+    world.submit()
+    jump(world, HOUR)
+    due = world.now + 10 * MINUTE
+    task_id = world.submit(not_before=due)
+    assert not world.task(task_id).ready
+    world.advance(MINUTE)
+    jump(world, -HOUR)
+    world.submit()
+    while not world.task(task_id).ready:
+        world.advance(SECOND)
+    assert due - EARLY <= world.now <= due + 2 * SECOND
 
 
 @pytest.mark.parametrize("when", ["before", "meanwhile"])

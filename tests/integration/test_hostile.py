@@ -1,0 +1,285 @@
+"""What must not stop the engine: ten thousand hostile records, and records that break the engine itself (G2, G7)."""
+
+from __future__ import annotations
+
+import random
+import signal
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from perdure.schemas import codec, commands, limits, reports, topics
+from perdure.schemas.common import Usage
+from perdure.schemas.errors import NotFound
+from perdure.schemas.signing import Keys, signed
+from tests.integration.stack import FAULTY, QUEUE, Stack, stack_on, until
+
+pytestmark = pytest.mark.kafka
+COUNT = 10_000
+LARGE = 36
+Place = tuple[int, int]
+
+
+@pytest.fixture
+def stack(kafka_bootstrap: str, topic_prefix: str, tmp_path: Path) -> Iterator[Stack]:
+    with stack_on(kafka_bootstrap, topic_prefix, tmp_path) as made:
+        yield made
+
+
+@dataclass
+class Attacker:
+    """Writes hostile records. Each method is named by the one place where its record has to end."""
+
+    stack: Stack
+    draw: random.Random
+    session: str
+    """A live session, with a task that runs under it."""
+    task_id: str
+    epoch: int
+
+    def quarantine(self) -> bytes:
+        return self.draw.choice(
+            (self._noise, self._cut, self._tail, self._bomb, self._no_json, self._deep, self._foreign, self._forged)
+        )()
+
+    def command_rejected(self) -> bytes:
+        return self.draw.choice(_ILLEGAL)
+
+    def report_rejected(self) -> bytes:
+        return self.draw.choice((self._unsigned_session, self._unsigned_reports, self._token, self._stale))()
+
+    def _noise(self) -> bytes:
+        start = self.draw.choice((b"", b"\x00", b"\xff", codec.MARKER, codec.MARKER + bytes(8)))
+        return start + self.draw.randbytes(self.draw.randrange(1, 300))
+
+    def _cut(self) -> bytes:
+        whole = codec.encode(commands.PauseTask(command_id="cut", task_id=self.task_id))
+        return whole[: self.draw.randrange(codec.HEADER, len(whole))]
+
+    def _tail(self) -> bytes:
+        return codec.encode(commands.CancelTask(command_id="tail", task_id=self.task_id)) + b"\x00"
+
+    def _bomb(self) -> bytes:
+        """An array that claims 2^62 items."""
+        batch = codec.encode(commands.SubmitBatch(command_id="bomb", tasks=[]))
+        assert batch[-1:] == b"\x00"
+        return batch[:-1] + bytes.fromhex("feffffffffffffff7f") + self.draw.randbytes(40)
+
+    def _no_json(self) -> bytes:
+        text = '{"command": "SubmitTask", "type": "t", "queue": "etl", "input": '
+        return (text + self.draw.choice(('NaN}', '1e999}', '1, "input": 2}', '{"a": 1, "a": 2}}', "", "[}"))).encode()
+
+    def _deep(self) -> bytes:
+        return b'{"command": "SubmitTask", "type": "t", "queue": "etl", "input": ' + b"[" * self.draw.randrange(70, 50_000)
+
+    def _foreign(self) -> bytes:
+        """Nothing that a stranger may say, in whatever form."""
+        name = self.draw.choice(("ReportStep", "ReportBatch", "Tick", "ApplyConfig", "Forwarded", "WorkerStarted", "Nothing"))
+        return self.draw.choice((
+            b'{"command": "' + name.encode() + b'"}',
+            codec.encode(commands.LookUp(record=b"", left=[])),
+            codec.encode(reports.AttemptCompleted(seq=1, result=b"null", usage=Usage())),
+        ))  # fmt: skip
+
+    def _forged(self) -> bytes:
+        """Host records without the engine's key: unsigned, or signed by a worker or a stranger."""
+        inner = codec.encode(commands.CancelTask(command_id="forged", task_id=self.task_id))
+        partitions = self.stack.log.partitions
+        record = self.draw.choice((
+            commands.ApplyConfig(name=f"queue/{QUEUE}", version=2**40, content=None),
+            commands.Forwarded(source=self.draw.randrange(partitions), target=self.stack.home(), number=1, record=inner),
+            commands.ForwardedAck(source=self.stack.home(), target=self.draw.randrange(partitions), up_to=2**40),
+        ))  # fmt: skip
+        return self._with_any_key(record, self.stack.keys.newest_worker(), Keys.generate().newest_engine())
+
+    def _unsigned_session(self) -> bytes:
+        record = self.draw.choice((
+            commands.WorkerStarted(session=f"s-{'f' * 36}", worker_id="w", types={}, queues=[QUEUE], slots=1_000),
+            commands.WorkerBeat(session=self.session, grants_seen=2**40, free=1_000),
+            commands.WorkerStopping(session=self.session),
+        ))  # fmt: skip
+        return self._with_any_key(record, Keys.generate().newest_worker(), self.stack.keys.newest_engine())
+
+    def _unsigned_reports(self) -> bytes:
+        return self._with_any_key(self._reports(self.session, self.epoch), Keys.generate().newest_worker())
+
+    def _token(self) -> bytes:
+        """By a worker: a grant of another one, with a token that it has made up."""
+        return signed(self._reports(self.session, self.draw.randrange(3)), *self.stack.keys.newest_worker())
+
+    def _stale(self) -> bytes:
+        """By a worker whose session nobody knows."""
+        record = self.draw.choice((self._reports("s-0", self.epoch), commands.WorkerBeat(session="s-0", grants_seen=0, free=0)))
+        return signed(record, *self.stack.keys.newest_worker())
+
+    def _reports(self, session: str, epoch: int) -> reports.ReportBatch:
+        done = reports.AttemptCompleted(seq=self.draw.randrange(1, 9), result=b'"stolen"', usage=Usage())
+        entry = reports.ReportEntry(task_id=self.task_id, epoch=epoch, token=self.draw.randbytes(32), reports=[done])
+        return reports.ReportBatch(session=session, entries=[entry])
+
+    def _with_any_key(self, record: Any, *keys: tuple[str, bytes]) -> bytes:
+        key = self.draw.choice((None, *keys))
+        return codec.encode(record) if key is None else signed(record, *key)
+
+
+_ILLEGAL = (
+    b'{"command": "PauseTask", "task_id": "etl/nobody"}',
+    b'{"command": "CancelTask", "task_id": "elsewhere/nobody"}',
+    b'{"command": "RetryTask", "task_id": "nobody"}',
+    b'{"command": "ResumeTask"}',
+    b'{"command": "SubmitTask"}',
+    b'{"command": "SubmitTask", "type": "nobody has heard of it"}',
+    b'{"command": "SubmitTask", "type": "t", "queue": "No Queue"}',
+    b'{"command": "SubmitTask", "type": "t", "queue": "etl", "priority": 10}',
+    b'{"command": "SubmitTask", "type": "t", "queue": "etl", "surprise": 1}',
+    b'{"command": "SubmitTask", "type": "t", "queue": "etl", "run_timeout": "a while"}',
+    b'{"command": "SubmitTask", "type": "t", "queue": "etl", "labels": {"a": "\\ud800"}}',
+    b'{"command": "SubmitBatch", "tasks": 1}',
+    b'{"command": "FindTasks", "prefix": "short"}',
+    codec.encode(commands.DiscardDeadLetter(command_id="d", task_id="etl/nobody")),
+    codec.encode(commands.SubmitTask(command_id="s", type="t", queue=QUEUE, input=b"no JSON")),
+)
+
+
+def large_command(number: int) -> bytes:
+    """A command of nearly the greatest size that is taken and forwarded; too much for a task's side values."""
+    value = b'{"x": "' + b"x" * (limits.VALUE_MAX - 10) + b'"}'
+    labels = {f"label {n}": "x" * 1_000 for n in range(64)}
+    made = codec.encode(
+        commands.SubmitTask(
+            command_id=f"large-{number}", task_id=f"{QUEUE}/large-{number}", type="t", input=value, agent_config=value,
+            labels=labels,
+        )
+    )  # fmt: skip
+    assert 447 * 1024 < len(made) <= limits.COMMAND_MAX
+    return made
+
+
+def test_of_ten_thousand_hostile_records_each_ends_in_exactly_one_place(stack: Stack) -> None:
+    engine = stack.engine()
+    stack.worker("--slots", "2", name="w")
+    gate = stack.folder / "gate"
+    running = stack.submit("gated", {"witness": str(stack.witness), "gate": str(gate)})
+    stack.await_witness("gate", running.id, "1")
+    (granted,) = stack.events(running.id, "TaskGranted")
+    attacker = Attacker(stack, random.Random(20_261_121), granted.session, running.id, 1)
+    good = stack.submit("files", {"witness": str(stack.witness), "count": 40})
+    pid = engine.pid
+
+    sent = _attack(stack, attacker)
+    in_between = stack.submit("add", {"a": 1, "b": 2})
+    ended = until("the end of every record", lambda: _all_ended(stack, set(sent)))
+    assert sum(ended.values()) == len(ended) == COUNT, "each in one place, once"
+    wrong = {place: kind for place, kind in ended if sent[place] != kind}
+    assert not wrong, "in the wrong place"
+
+    assert (engine.pid, engine.runs()) == (pid, True)
+    gate.touch()
+    assert stack.result(running) == 1
+    assert stack.result(good) == sum(range(40))
+    assert stack.result(in_between) == 3
+    assert len(stack.events(running.id, "TaskGranted")) == 1
+    assert stack.messages("task-events", "AttemptLost") == []
+    assert len(stack.messages("task-events", "TaskSubmitted")) == 3
+    stack.check_store(engine)
+
+
+def _attack(stack: Stack, attacker: Attacker) -> dict[Place, str]:
+    """Write everything; where each record lies, and where it has to end."""
+    sent: dict[Place, str] = {}
+    draw, home = attacker.draw, stack.home()
+
+    def write(kind: str, value: bytes, partition: int) -> None:
+        stack.produce(value, partition=partition, placed=lambda p, offset: sent.setdefault((p, offset), kind) and None)
+
+    for number in range(LARGE):
+        write("command_rejected", large_command(number), (home + 1 + number % (stack.log.partitions - 1)) % stack.log.partitions)
+    for _ in range(COUNT - LARGE):
+        kind = draw.choice(("quarantine", "command_rejected", "report_rejected"))
+        make: Callable[[], bytes] = getattr(attacker, kind)
+        # A session lives in its queue's partition; elsewhere the same reports are refused for another reason.
+        write(kind, make(), draw.randrange(stack.log.partitions))
+    stack.flush()
+    assert len(sent) == COUNT
+    return sent
+
+
+def _all_ended(stack: Stack, places: set[Place]) -> Counter[tuple[Place, str]] | None:
+    found = _endings(stack, places)
+    return found if {place for place, _ in found} == places else None
+
+
+def _endings(stack: Stack, places: set[Place]) -> Counter[tuple[Place, str]]:
+    """(record, where it has ended) -> how often, for the records in these places. Forwarded ones count at their origin."""
+    journeys = _journeys(stack)
+
+    def origin(place: Place) -> Place:
+        while place in journeys:
+            place = journeys[place]
+        return place
+
+    ended: Counter[tuple[Place, str]] = Counter()
+    for s in stack.tail(topics.QUARANTINE.name).look():
+        ended[origin((s.message.partition, s.message.offset)), "quarantine"] += 1
+    for s in stack.tail(topics.EVENTS.name).look():
+        kind = {"CommandRejected": "command_rejected", "ReportRejected": "report_rejected"}.get(type(s.message).__name__)
+        if kind is not None:
+            ended[origin((s.message.cause.partition, s.message.cause.offset)), kind] += 1
+    return Counter({(place, kind): n for (place, kind), n in ended.items() if place in places})
+
+
+def _journeys(stack: Stack) -> dict[Place, Place]:
+    """Place of a forwarded record -> place of the record that it was forwarded for."""
+    seen = stack.tail(topics.EVENTS.name).look()
+    queued = {
+        (s.record.partition, s.message.target, s.message.number): (s.message.cause.partition, s.message.cause.offset)
+        for s in seen
+        if type(s.message).__name__ == "ForwardQueued"
+    }
+    taken = [
+        ((s.message.source, s.record.partition, s.message.number), s.message.cause)
+        for s in seen
+        if type(s.message).__name__ == "ForwardTaken"
+    ]
+    return {(cause.partition, cause.offset): queued[number] for number, cause in taken if number in queued}
+
+
+def test_a_decision_that_fails_sets_one_record_aside(stack: Stack) -> None:
+    engine = stack.engine(program=(FAULTY,))
+    before, bad, large, after = (stack.submit(t) for t in ("before", "raises", "oversized", "after"))
+    assert before.status().state == after.status().state == "PENDING"
+    for handle in (bad, large):
+        assert stack.events(handle.id) == []
+        with pytest.raises(NotFound):
+            handle.status()
+    aside = {q.cause: q for q in stack.messages("quarantine")}
+    assert set(aside) == {"defect", "too_large"}
+    assert "ZeroDivisionError: a defect in a decision" in aside["defect"].detail
+    assert "faulty_engine.py" in aside["defect"].detail
+    assert codec.decode(aside["defect"].record).task_id == bad.id
+    assert "ProgressReported" in aside["too_large"].detail
+    stack.check_store(engine)
+
+
+def test_a_record_that_kills_the_engine_three_times_is_passed_over_unread(stack: Stack) -> None:
+    engine = stack.engine(program=(FAULTY,))
+    before = stack.submit("before")
+    assert before.status().state == "PENDING"
+    killer, after = stack.submit("kills"), stack.submit("after")
+    deaths = 0
+    while not stack.tail("quarantine").look():
+        assert engine.ended() == -signal.SIGKILL
+        deaths += 1
+        assert deaths <= limits.KILLER_DEATHS
+        engine.start()
+        until("a death, or survival", lambda: not engine.runs() or stack.tail("quarantine").look())
+    assert deaths == limits.KILLER_DEATHS
+    (aside,) = stack.messages("quarantine")
+    assert (aside.cause, aside.record) == ("killer", None)
+    stack.await_event(after.id, "TaskQueued")
+    assert stack.events(killer.id) == []
+    assert engine.runs()

@@ -1,0 +1,116 @@
+"""Rows over a store: what is put is read, undone and rolled back as a whole, also against a plain dictionary."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from perdure.schemas import codec
+from perdure.schemas.rows import Config, Counter, Mark, Ready, Session, Timer
+from perdure.streams import tables
+from perdure.streams.state import State
+from perdure.streams.store import MemoryStore
+
+SCOPES = [tables.MARKS, tables.task("q/t"), tables.task("q/t2"), tables.ready("q", "t")]
+SUFFIXES = [b"", b"a", b"ab", b"b", b"\x00", b"pa", b"pb", b"\xff"]
+CHANGES = st.one_of(
+    st.tuples(st.just("put"), st.sampled_from(SCOPES), st.sampled_from(SUFFIXES), st.integers(0, 3)),
+    st.tuples(st.just("delete"), st.sampled_from(SCOPES), st.sampled_from(SUFFIXES)),
+    st.sampled_from([("mark",), ("undo",), ("commit",), ("rollback",), ("reopen",)]),
+)
+
+
+def row(scope: bytes, suffix: bytes, value: int) -> Any:
+    """A place in the ready queue is always the same task's."""
+    return Ready(task_id=f"q/{suffix!r}") if scope[:1] == b"q" else Mark(value=value)
+
+
+def contents(state: State) -> dict[tuple[bytes, bytes], Any]:
+    found = {(scope, suffix): r for scope in SCOPES for suffix, r in state.scan(scope)}
+    for (scope, suffix), r in found.items():
+        assert state.get(scope, suffix) == r
+    for scope in SCOPES:
+        assert [k for k, _ in state.scan(scope)] == sorted(k for k, _ in state.scan(scope))
+        assert [k for k, _ in state.scan(scope, start=b"b")] == [k for k, _ in state.scan(scope) if k >= b"b"]
+        assert [k for k, _ in state.scan(scope, prefix=b"p")] == [k for k, _ in state.scan(scope) if k[:1] == b"p"]
+    return found
+
+
+@given(st.lists(CHANGES, max_size=40))
+@settings(max_examples=150)
+def test_state_is_a_dictionary_with_marks_and_commits(changes: list[Any]) -> None:
+    store = MemoryStore()
+    state = State(store, 0, 1)
+    now: dict[tuple[bytes, bytes], Any] = {}
+    marked, committed = dict(now), dict(now)
+    for change in changes:
+        match change:
+            case "put", scope, suffix, value:
+                state.put(scope, suffix, row(scope, suffix, value))
+                now[scope, suffix] = row(scope, suffix, value)
+            case "delete", scope, suffix:
+                state.put(scope, suffix, None)
+                now.pop((scope, suffix), None)
+            case ("mark",):
+                state.mark()
+                marked = dict(now)
+            case ("undo",):
+                state.undo()
+                now = dict(marked)
+            case ("commit",):
+                store.apply(state.writes())
+                state.committed()
+                marked, committed = dict(now), dict(now)
+            case ("rollback",):
+                state.rolled_back()
+                now, marked = dict(committed), dict(committed)
+            case ("reopen",):
+                state = State(store, 0, 1)
+                now, marked = dict(committed), dict(committed)
+        assert contents(state) == now
+        ready = [suffix for scope, suffix in now if scope == SCOPES[3]]
+        head = state.first_ready(SCOPES[3])
+        assert (head and head[0]) == min(ready, default=None)
+        assert (head and head[1]) == (now[SCOPES[3], min(ready)].task_id if ready else None)
+
+
+def test_what_is_derived_from_rows_follows_undo_and_rollback() -> None:
+    store = MemoryStore()
+    state = State(store, 0, 1)
+    session = Session(session="s", worker_id="w", types={}, queues=[], slots=1)
+    state.put(tables.SESSIONS, b"s", session)
+    state.put(tables.TIMERS, tables.timer(5, "run", "t"), Timer(task_id="t", kind="run"))
+    state.mark()
+    state.put(tables.SESSIONS, b"s", None)
+    state.put(tables.TIMERS, tables.timer(3, "run", "t"), Timer(task_id="t", kind="run"))
+    assert (state.sessions, state.next_timer) == ({}, 3)
+    state.undo()
+    assert (state.sessions, state.next_timer) == ({"s": session}, 5)
+    state.rolled_back()
+    assert (state.sessions, state.next_timer) == ({}, None)
+
+
+def test_writes_are_the_changes_since_the_last_commit() -> None:
+    store = MemoryStore()
+    state = State(store, 0, 1)
+    state.put(tables.COUNTERS, b"a", Counter(value=1))
+    assert state.writes() == {tables.COUNTERS + b"a": codec.encode(Counter(value=1))}
+    store.apply(state.writes())
+    state.committed()
+    assert state.writes() == {}
+    state.put(tables.COUNTERS, b"a", None)
+    assert state.writes() == {tables.COUNTERS + b"a": None}
+
+
+def test_routing_keys_and_types_come_from_the_applied_configuration() -> None:
+    state = State(MemoryStore(), 0, 1)
+    assert state.routing_keys() == {"default"}
+    state.put(tables.CONFIG, b"queue/etl", Config(version=1, content=b'{"routing_keys":["etl","etl~1"]}'))
+    state.put(tables.CONFIG, b"type/a", Config(version=2, content=b'{"queue":"typed"}'))
+    assert state.routing_keys() == {"default", "etl", "etl~1", "typed"}
+    assert state.config("type/a") == (2, {"queue": "typed"})
+    state.put(tables.CONFIG, b"type/a", Config(version=3, content=None))
+    assert state.config("type/a") is None
+    assert state.routing_keys() == {"default", "etl", "etl~1"}
