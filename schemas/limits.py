@@ -4,7 +4,7 @@ from __future__ import annotations
 
 # Records
 RECORD_MAX = 512 * 1024
-"""A record on task-commands; the topic's max.message.bytes."""
+"""A record on task-commands."""
 COMMAND_MAX = 448 * 1024
 """A command: leaves room for the envelope when it is forwarded."""
 VALUE_MAX = 192 * 1024
@@ -16,7 +16,9 @@ OUTPUT_MAX = 1_000_000
 QUARANTINE_KEPT = 64 * 1024
 """Bytes of a bad record that the quarantine keeps."""
 TOPIC_RECORD_MAX = 1_048_576
-"""max.message.bytes of every topic but task-commands."""
+"""max.message.bytes of every topic: a batch as any producer makes it by default (1,000,000 bytes) has to fit."""
+FRAMING = 128
+"""What Kafka adds to a record that is alone in its batch, rounded up."""
 LINE_MAX = 64 * 1024
 """A log line."""
 TRACEBACK_MAX = 16 * 1024

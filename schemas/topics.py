@@ -21,6 +21,8 @@ class Topic:
     partitioned: bool = True
     """False: one partition, whatever the namespace's partition count."""
     settings: dict[str, str] = field(default_factory=dict)
+    record_max: int = limits.TOPIC_RECORD_MAX - limits.FRAMING
+    """Bytes of a record, key included. The broker's own limit is for whole batches."""
 
     def on(self, prefix: str) -> str:
         """The topic's name on the broker."""
@@ -46,7 +48,8 @@ def _dots(settings: dict[str, str]) -> dict[str, str]:
 COMMANDS = Topic(
     "task-commands", "routing key", ("clients", "any Kafka producer", "workers", "engine hosts"), ("engine",),
     "The one door: commands, reports, beats, configuration and time, in one order per partition.",
-    settings=_deleted_after(7, message_timestamp_type="LogAppendTime", max_message_bytes=str(limits.RECORD_MAX)),
+    settings=_deleted_after(7, message_timestamp_type="LogAppendTime"),
+    record_max=limits.RECORD_MAX,
 )  # fmt: skip
 INTAKE = Topic(
     "task-intake", "any", ("transactional producers",), ("forwarder",),

@@ -28,6 +28,7 @@ _PRODUCER: dict[str, Any] = {
     "linger.ms": 0,
     "partitioner": "murmur2_random",
     "message.max.bytes": limits.TOPIC_RECORD_MAX + 65_536,
+    "batch.size": 900_000,  # the broker refuses a batch that is larger than one record may be, and all records in it
     "queue.buffering.max.messages": 500_000,
 }
 

@@ -13,8 +13,6 @@ from typing import Protocol
 from perdure.schemas import topics
 from perdure.schemas.errors import InfrastructureError, ValueTooLarge
 
-_FRAMING = 128
-"""What Kafka adds to a record that is alone in its batch, rounded up."""
 BEGIN = -2
 END = -1
 
@@ -49,10 +47,10 @@ class OutcomeUnknown(InfrastructureError):
 
 def check_size(topic: str, key: bytes | None, value: bytes | None) -> None:
     """Raise `ValueTooLarge` for a record that the topic would not take: a broker says so too late and too vaguely."""
-    limit = int(topics.BY_NAME[topic].settings["max.message.bytes"])
+    limit = topics.BY_NAME[topic].record_max
     size = len(value or b"") + len(key or b"")
-    if size > limit - _FRAMING:
-        raise ValueTooLarge(f"a record of {size:,} bytes for {topic}: it takes {limit - _FRAMING:,}", field="record")
+    if size > limit:
+        raise ValueTooLarge(f"a record of {size:,} bytes for {topic}: it takes {limit:,}", field="record")
 
 
 class Producer(Protocol):
