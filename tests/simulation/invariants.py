@@ -67,7 +67,7 @@ class Invariants:
         self.world = world
         count = range(world.partitions)
         self.tasks: dict[str, Seen] = {}
-        self.accepted: set[str] = set()
+        self.forgotten: set[str] = set()
         self.replies: dict[tuple[str, str], CommandReply] = {}
         self._read: dict[tuple[str, int], int] = defaultdict(int)
         self._sequence = dict.fromkeys(count, 0)
@@ -123,7 +123,7 @@ class Invariants:
         self._check_time(seen, e)
         if isinstance(e, events.TaskRetired):
             del self.tasks[e.task_id]
-            self.accepted.discard(e.task_id)
+            self.forgotten.add(e.task_id)
 
     def _check_transition(self, seen: Seen, e: Any) -> None:
         after = LEADS_TO.get(type(e), seen.state)
@@ -178,7 +178,7 @@ class Invariants:
             return
         assert (first.accepted, first.reason, first.field) == (reply.accepted, reply.reason, reply.field), "I7"
         if reply.accepted:
-            assert reply.task_id in self.tasks, f"I1: {reply.task_id} was accepted and is not there"
+            assert reply.task_id in self.tasks or reply.task_id in self.forgotten, f"I1: {reply.task_id} was accepted and is not there"
 
     # Rows ------------------------------------------------------------------------------------------------------------
 
