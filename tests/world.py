@@ -427,9 +427,7 @@ def completed(result: Any = None) -> reports.AttemptCompleted:
 def failed(*error_types: str, message: str = "it broke", final: bool = False) -> reports.AttemptFailed:
     """User code raised."""
     names = list(error_types) or ["builtins.ValueError", "builtins.Exception"]
-    return reports.AttemptFailed(
-        seq=0, error_types=names, message=message, traceback="", usage=Usage(), final=final
-    )
+    return reports.AttemptFailed(seq=0, error_types=names, message=message, traceback="", usage=Usage(), final=final)
 
 
 def failed_step(name: str) -> reports.ReportStep:

@@ -38,7 +38,13 @@ def decide(s: State, m: Moment, given: Input) -> Outputs:
             cause = Cause(partition=m.cause.partition, offset=m.cause.offset)
             yield Telemetry(
                 ProgressReported(
-                    task_id="etl/1", at=m.at, cause=cause, epoch=1, attempt=1, worker_id="w", current_step="x" * 1_100_000
+                    task_id="etl/1",
+                    at=m.at,
+                    cause=cause,
+                    epoch=1,
+                    attempt=1,
+                    worker_id="w",
+                    current_step="x" * 1_100_000,
                 )
             )
 

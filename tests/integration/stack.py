@@ -148,9 +148,7 @@ class Process:
 
     def await_text(self, text: str, count: int = 1) -> None:
         """Wait until it has said something, `count` times in this life."""
-        until(
-            f"{text!r} from {self._command}", lambda: self.text().count(text) >= count or self._fail_if_ended(text)
-        )
+        until(f"{text!r} from {self._command}", lambda: self.text().count(text) >= count or self._fail_if_ended(text))
 
     def _fail_if_ended(self, text: str) -> None:
         assert self.runs(), f"it ended without having said {text!r}: {self.text()[-2_000:]}"

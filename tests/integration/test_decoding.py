@@ -81,7 +81,15 @@ def test_a_program_with_fastavro_and_the_schema_files_reads_everything(stack: St
     kinds = {kind for _, kind in found}
     assert {"SubmitTask", "ReportBatch", "WorkerBeat", "Tick", "ApplyConfig", "Forwarded", "ForwardedAck"} <= kinds
     assert {"StepCompleted", "CheckpointRecorded", "TaskCompleted", "TaskFailed", "CommandRejected"} <= kinds
-    assert {"RunAttempt", "CommandReply", "TaskProgress", "DeadLetter", "LogLine", "WorkerMetrics", "Quarantined"} <= kinds
+    assert {
+        "RunAttempt",
+        "CommandReply",
+        "TaskProgress",
+        "DeadLetter",
+        "LogLine",
+        "WorkerMetrics",
+        "Quarantined",
+    } <= kinds
 
 
 def _live_a_little(stack: Stack) -> None:

@@ -71,14 +71,18 @@ class Attacker:
 
     def _no_json(self) -> bytes:
         text = '{"command": "SubmitTask", "type": "t", "queue": "etl", "input": '
-        return (text + self.draw.choice(('NaN}', '1e999}', '1, "input": 2}', '{"a": 1, "a": 2}}', "", "[}"))).encode()
+        return (text + self.draw.choice(("NaN}", "1e999}", '1, "input": 2}', '{"a": 1, "a": 2}}', "", "[}"))).encode()
 
     def _deep(self) -> bytes:
-        return b'{"command": "SubmitTask", "type": "t", "queue": "etl", "input": ' + b"[" * self.draw.randrange(70, 50_000)
+        return b'{"command": "SubmitTask", "type": "t", "queue": "etl", "input": ' + b"[" * self.draw.randrange(
+            70, 50_000
+        )
 
     def _foreign(self) -> bytes:
         """Nothing that a stranger may say, in whatever form."""
-        name = self.draw.choice(("ReportStep", "ReportBatch", "Tick", "ApplyConfig", "Forwarded", "WorkerStarted", "Nothing"))
+        name = self.draw.choice(
+            ("ReportStep", "ReportBatch", "Tick", "ApplyConfig", "Forwarded", "WorkerStarted", "Nothing")
+        )
         return self.draw.choice((
             b'{"command": "' + name.encode() + b'"}',
             codec.encode(commands.LookUp(record=b"", left=[])),
@@ -113,7 +117,9 @@ class Attacker:
 
     def _stale(self) -> bytes:
         """By a worker whose session nobody knows."""
-        record = self.draw.choice((self._reports("s-0", self.epoch), commands.WorkerBeat(session="s-0", grants_seen=0, free=0)))
+        record = self.draw.choice(
+            (self._reports("s-0", self.epoch), commands.WorkerBeat(session="s-0", grants_seen=0, free=0))
+        )
         return signed(record, *self.stack.keys.newest_worker())
 
     def _reports(self, session: str, epoch: int) -> reports.ReportBatch:
@@ -197,7 +203,11 @@ def _attack(stack: Stack, attacker: Attacker) -> dict[Place, str]:
         stack.produce(value, partition=partition, placed=lambda p, offset: sent.setdefault((p, offset), kind) and None)
 
     for number in range(LARGE):
-        write("command_rejected", large_command(number), (home + 1 + number % (stack.log.partitions - 1)) % stack.log.partitions)
+        write(
+            "command_rejected",
+            large_command(number),
+            (home + 1 + number % (stack.log.partitions - 1)) % stack.log.partitions,
+        )
     for _ in range(COUNT - LARGE):
         kind = draw.choice(("quarantine", "command_rejected", "report_rejected"))
         make: Callable[[], bytes] = getattr(attacker, kind)
@@ -226,7 +236,9 @@ def _endings(stack: Stack, places: set[Place]) -> Counter[tuple[Place, str]]:
     for s in stack.tail(topics.QUARANTINE.name).look():
         ended[origin((s.message.partition, s.message.offset)), "quarantine"] += 1
     for s in stack.tail(topics.EVENTS.name).look():
-        kind = {"CommandRejected": "command_rejected", "ReportRejected": "report_rejected"}.get(type(s.message).__name__)
+        kind = {"CommandRejected": "command_rejected", "ReportRejected": "report_rejected"}.get(
+            type(s.message).__name__
+        )
         if kind is not None:
             ended[origin((s.message.cause.partition, s.message.cause.offset)), kind] += 1
     return Counter({(place, kind): n for (place, kind), n in ended.items() if place in places})

@@ -134,7 +134,12 @@ def test_thousands_of_questions_leave_no_trace(stack: Stack) -> None:
     assert [h.status().state for h in handles] == ["PENDING"] * 3
     before, events = _keys(stack), len(stack.messages("task-events"))
     for n in range(3_000):
-        question = {"command": "DescribeTask", "task_id": handles[n % 3].id, "reply_to": "somebody", "command_id": f"q{n}"}
+        question = {
+            "command": "DescribeTask",
+            "task_id": handles[n % 3].id,
+            "reply_to": "somebody",
+            "command_id": f"q{n}",
+        }
         stack.produce(question, key=b"any")
     stack.flush()
     until("all answers", lambda: len(_answers(stack)) == 3_000)

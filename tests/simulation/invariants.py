@@ -164,7 +164,9 @@ class Invariants:
         elif isinstance(e, events.TaskSubmitted) and e.not_before is not None:
             seen.not_before = e.not_before
         elif isinstance(e, events.TaskQueued) and e.due is None:
-            assert happened >= seen.not_before - EARLY, f"I11: {e.task_id} is ready {seen.not_before - happened} ms early"
+            assert happened >= seen.not_before - EARLY, (
+                f"I11: {e.task_id} is ready {seen.not_before - happened} ms early"
+            )
             seen.not_before = 0
         elif isinstance(e, events.TaskRedriven):
             seen.not_before = 0
@@ -178,7 +180,9 @@ class Invariants:
             return
         assert (first.accepted, first.reason, first.field) == (reply.accepted, reply.reason, reply.field), "I7"
         if reply.accepted:
-            assert reply.task_id in self.tasks or reply.task_id in self.forgotten, f"I1: {reply.task_id} was accepted and is not there"
+            assert reply.task_id in self.tasks or reply.task_id in self.forgotten, (
+                f"I1: {reply.task_id} was accepted and is not there"
+            )
 
     # Rows ------------------------------------------------------------------------------------------------------------
 
@@ -238,7 +242,9 @@ class Invariants:
             assert session.state != "ended" or state.get(tables.MARKS, b"ending/" + t.session.encode()) is not None
             assert t.started != ("start" in t.timers), f"G6: {task_id} has no start deadline: {t}"
         else:
-            assert not (t.ready or t.session or t.started)
+            assert not (t.ready)
+            assert not (t.session)
+            assert not (t.started)
         assert t.state == "RUNNING" or t.stopping == "none"
 
     # At the end ------------------------------------------------------------------------------------------------------
@@ -265,7 +271,9 @@ class Invariants:
             for topic in written:
                 first = [(r.key, r.value) for r in self.world.log.records(topic.name, partition)]
                 assert outs[topic.name] == first, f"replay of {topic.name}/{partition} differs"
-            _same(dict(store.scan(b"")), {k: v for k, v in self.world.rows(partition).items() if k[:1] != META}, "replay")
+            _same(
+                dict(store.scan(b"")), {k: v for k, v in self.world.rows(partition).items() if k[:1] != META}, "replay"
+            )
 
 
 def _same(one: dict[bytes, bytes], other: dict[bytes, bytes], what: str) -> None:

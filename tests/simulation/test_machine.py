@@ -97,7 +97,15 @@ class EngineMachine(RuleBasedStateMachine):
         partition=partitions, now=now_or_later,
     )  # fmt: skip
     def submit(
-        self, queue: str, local: str, task_type: str, n: int, delay: int | None, ahead: int | None, partition: int, now: bool
+        self,
+        queue: str,
+        local: str,
+        task_type: str,
+        n: int,
+        delay: int | None,
+        ahead: int | None,
+        partition: int,
+        now: bool,
     ) -> None:
         not_before = None if delay is None else self.world.now + delay
         version = None if ahead is None else self.versions.get(task_type, 0) + ahead
@@ -111,7 +119,14 @@ class EngineMachine(RuleBasedStateMachine):
     @rule(task_type=types, key=st.sampled_from([None, "k1", "k2"]), value=st.integers(0, 1), partition=partitions,
           queue=st.sampled_from([None, *QUEUES]), task_id=st.one_of(st.none(), task_ids), now=now_or_later)  # fmt: skip
     def submit_json(
-        self, task_type: str, key: str | None, value: int, partition: int, queue: str | None, task_id: str | None, now: bool
+        self,
+        task_type: str,
+        key: str | None,
+        value: int,
+        partition: int,
+        queue: str | None,
+        task_id: str | None,
+        now: bool,
     ) -> None:
         content = {"command": "SubmitTask", "type": task_type, "input": value, "key": key, "queue": queue,
                    "task_id": task_id, "reply_to": CLIENT}  # fmt: skip
@@ -156,7 +171,9 @@ class EngineMachine(RuleBasedStateMachine):
 
     # Workers ---------------------------------------------------------------------------------------------------------
 
-    @rule(name=st.sampled_from(["w1", "w2"]), queue=st.sampled_from(QUEUES), slots=st.integers(1, 3), beating=most_times)
+    @rule(
+        name=st.sampled_from(["w1", "w2"]), queue=st.sampled_from(QUEUES), slots=st.integers(1, 3), beating=most_times
+    )
     def start_worker(self, name: str, queue: str, slots: int, beating: bool) -> None:
         """A worker process, or its next life."""
         self.sessions += 1
@@ -210,7 +227,11 @@ class EngineMachine(RuleBasedStateMachine):
             self.world.append(worker.batch(grants[max(0, len(grants) - 1 - back)], said), worker.partition)
             self._after(now)
 
-    @rule(which=st.integers(0, 5), said=st.one_of(work, ends), how=st.sampled_from(["token", "epoch", "session", "key", "gap"]))
+    @rule(
+        which=st.integers(0, 5),
+        said=st.one_of(work, ends),
+        how=st.sampled_from(["token", "epoch", "session", "key", "gap"]),
+    )
     def false_report(self, which: int, said: Any, how: str) -> None:
         found = self._running(which)
         if found is None:
@@ -275,7 +296,11 @@ class EngineMachine(RuleBasedStateMachine):
     def set_broker_clock(self, skew: int) -> None:
         self.world.skew = skew
 
-    @rule(kind=st.sampled_from(["aborted", "crash before commit", "crash after commit", "unknown, lost", "unknown, committed"]))
+    @rule(
+        kind=st.sampled_from(
+            ["aborted", "crash before commit", "crash after commit", "unknown, lost", "unknown, committed"]
+        )
+    )
     def fault(self, kind: str) -> None:
         self.world.fault(kind)
 
@@ -313,7 +338,7 @@ class EngineMachine(RuleBasedStateMachine):
     def everything_holds(self) -> None:
         self.held.check()
         causes = {q.cause for q in self.world.quarantined()}
-        assert "defect" not in causes, [q.detail for q in self.world.quarantined() if q.cause == "defect"][0]
+        assert "defect" not in causes, next(q.detail for q in self.world.quarantined() if q.cause == "defect")
 
     def teardown(self) -> None:
         self.world.skew = 0

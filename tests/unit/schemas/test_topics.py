@@ -99,4 +99,4 @@ def test_only_the_engine_writes_what_its_transactions_write() -> None:
 def test_record_sizes(topic: Topic) -> None:
     """The broker's limit is for batches; a producer that is not ours makes them of 1,000,000 bytes."""
     assert int(topic.settings["max.message.bytes"]) == limits.TOPIC_RECORD_MAX > 1_000_000 + limits.FRAMING
-    assert topic.record_max == limits.RECORD_MAX if topic is topics.COMMANDS else limits.OUTPUT_MAX < topic.record_max
+    assert topic.record_max == limits.RECORD_MAX if topic is topics.COMMANDS else topic.record_max > limits.OUTPUT_MAX

@@ -290,7 +290,9 @@ def test_what_is_never_retried_dies_at_once(report: Any, why: str) -> None:
 
 
 NET = ErrorInfo(
-    type="app.net.NetworkError", message="", error_types=["app.net.NetworkError", "builtins.OSError", "builtins.Exception"]
+    type="app.net.NetworkError",
+    message="",
+    error_types=["app.net.NetworkError", "builtins.OSError", "builtins.Exception"],
 )
 
 

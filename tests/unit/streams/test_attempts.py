@@ -120,7 +120,9 @@ def test_each_kind_of_an_old_epoch_changes_nothing(kind: str) -> None:
     scene.worker.report(old, KINDS[kind])
     assert scene.why_rejected() == ["stale_epoch"]
     assert scene.kinds() == [*kinds, "ReportRejected"]
-    assert {k for k in before if before[k] != scene.rows()[k]} == {k for k in before if k.endswith(b"\0s") and k[:1] == b"t"}
+    assert {k for k in before if before[k] != scene.rows()[k]} == {
+        k for k in before if k.endswith(b"\0s") and k[:1] == b"t"
+    }
     assert replace(scene.task, seq=0) == replace(scene.task, seq=0)
     assert [r.epoch for r in scene.world.inbox(scene.worker.session, inbox.RevokeAttempt)] == [1]
 
@@ -376,7 +378,8 @@ def test_a_result_that_is_no_value_fails_the_task_at_once(result: bytes) -> None
 def test_errors_of_any_size_are_cut_to_their_limits() -> None:
     scene = Scene()
     long = replace(
-        failed(*(f"{n}" + "t" * 5_000 for n in range(40)), message="m" * 100_000), traceback="head" + "t" * 90_000 + "tail"
+        failed(*(f"{n}" + "t" * 5_000 for n in range(40)), message="m" * 100_000),
+        traceback="head" + "t" * 90_000 + "tail",
     )
     scene.report(begun(), long)
     error = scene.task.error

@@ -11,7 +11,9 @@ from perdure.schemas import commands, events, limits
 from tests.world import HOUR, MINUTE, SECOND, ScriptedWorker, World, failed, progress, stopped
 
 EARLY = 5 * SECOND
-RETRIED = {"noop": {"retry": {"max_attempts": 3, "delay": 10 * MINUTE, "max_delay": HOUR, "backoff": "fixed", "jitter": False}}}
+RETRIED = {
+    "noop": {"retry": {"max_attempts": 3, "delay": 10 * MINUTE, "max_delay": HOUR, "backoff": "fixed", "jitter": False}}
+}
 
 
 def fired_at(world: World, task_id: str, kind: type[object], wait: int, step: int = SECOND) -> int:
@@ -28,7 +30,9 @@ def jump(world: World, ms: int) -> None:
     world.skew += ms
 
 
-@pytest.mark.parametrize("steps", [(-HOUR,), (-HOUR // 2, -HOUR // 2), (-HOUR + 10, -10), (-HOUR + 3 * SECOND, -3 * SECOND)])
+@pytest.mark.parametrize(
+    "steps", [(-HOUR,), (-HOUR // 2, -HOUR // 2), (-HOUR + 10, -10), (-HOUR + 3 * SECOND, -3 * SECOND)]
+)
 def test_an_hour_ahead_for_a_minute_and_back_fires_nothing_early(steps: tuple[int, ...]) -> None:
     world = World()
     before = world.submit(queue_timeout=10 * MINUTE)
@@ -164,7 +168,7 @@ def test_a_jump_that_is_true_counts_once_an_agreeing_tick_confirms_it() -> None:
     task_id = world.submit(not_before=world.now + 10 * MINUTE, total_timeout=20 * MINUTE)
     due = world.now + 10 * MINUTE
     assert due <= fired_at(world, task_id, events.TaskTimedOut, HOUR) - 10 * MINUTE <= due + 2 * SECOND
-    queued = [e for e in world.of_kind(events.TaskQueued, task_id) if e.reason == "queued"][0]
+    queued = next(e for e in world.of_kind(events.TaskQueued, task_id) if e.reason == "queued")
     assert due - EARLY <= queued.at <= due + 2 * SECOND
 
 

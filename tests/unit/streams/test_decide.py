@@ -131,7 +131,9 @@ def test_an_oversized_record_is_quarantined_with_its_beginning() -> None:
 def test_an_illegal_avro_command_for_a_known_task_is_answered_the_same_and_leaves_one_event(kind: Any) -> None:
     world = World()
     task_id = world.submit()
-    more = {"reason": "r" * 2_000} if kind is commands.CancelTask else {"type": "noop", "priority": 12, "queue": "default"}
+    more = (
+        {"reason": "r" * 2_000} if kind is commands.CancelTask else {"type": "noop", "priority": 12, "queue": "default"}
+    )
     for _ in range(3):
         assert not world.do(kind, task_id, command_id="c", **more).accepted
     assert len({(r.reason, r.field) for r in world.replies("c")}) == 1

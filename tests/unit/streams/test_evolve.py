@@ -12,9 +12,9 @@ from perdure.schemas.common import Cause, ErrorInfo, Policy, Retry
 from perdure.schemas.rows import TaskState
 from perdure.streams import tables
 from perdure.streams.evolve import HANDLED, evolve
-from perdure.streams.task_change import IllegalTransition
 from perdure.streams.state import State
 from perdure.streams.store import MemoryStore
+from perdure.streams.task_change import IllegalTransition
 from perdure.streams.task_lifecycle import LEGAL
 from tests.unit.streams.test_task_lifecycle import STATES, TYPES, make
 from tests.world import HOUR, ScriptedWorker, World, begun, checkpoint, completed, crashed, failed, milestone, step

@@ -135,7 +135,9 @@ def test_a_lost_acknowledgement_is_given_again_when_the_record_is_sent_again() -
     world.append(b'{"command":"SubmitTask","type":"noop","task_id":"t"}', AWAY)
     for partition in (AWAY, HOME):  # the target takes the record; its host dies before it acknowledges
         shard = world.engine.shards[partition]
-        shard.run_batch([r for r in world.log.records("task-commands", partition) if r.offset >= world.executed(partition)])
+        shard.run_batch(
+            [r for r in world.log.records("task-commands", partition) if r.offset >= world.executed(partition)]
+        )
         if partition == AWAY:
             world.engine.duties[AWAY].after_commit(world.now)
     assert submitted(world) == ["default/t"]

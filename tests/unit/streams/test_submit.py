@@ -38,7 +38,9 @@ def test_the_same_id_with_the_same_content_is_the_same_task() -> None:
     assert not world.of_kind(events.CommandRejected)
 
 
-@pytest.mark.parametrize("other", [{"input": 2}, {"type": "else"}, {"priority": 1}, {"labels": {"a": "b"}}, {"key": "k"}])
+@pytest.mark.parametrize(
+    "other", [{"input": 2}, {"type": "else"}, {"priority": 1}, {"labels": {"a": "b"}}, {"key": "k"}]
+)
 def test_the_same_id_with_other_content_is_refused_once_per_command(other: dict[str, Any]) -> None:
     world = World(types={"noop": {}, "else": {}})
     first = {"command": "SubmitTask", "type": "noop", "task_id": "t", "input": 1}
@@ -126,7 +128,9 @@ def test_the_digest_does_not_depend_on_fields_that_say_nothing() -> None:
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("partition", [HOME, AWAY])
-def test_what_cannot_be_carried_out_is_refused_with_its_field(fields: dict[str, Any], field: str, partition: int) -> None:
+def test_what_cannot_be_carried_out_is_refused_with_its_field(
+    fields: dict[str, Any], field: str, partition: int
+) -> None:
     world = World()
     content = {"command": "SubmitTask", "type": "noop", "task_id": "t", "command_id": "c", "reply_to": CLIENT} | fields
     world.json(partition, **content)
@@ -162,7 +166,12 @@ def test_higher_priority_first_then_the_order_of_submission() -> None:
 
 # Policies ------------------------------------------------------------------------------------------------------------
 
-TYPE = {"retry": {"max_attempts": 4, "delay": 7_000}, "run_timeout": HOUR, "on_failure": "notify:a", "queue_timeout": HOUR}
+TYPE = {
+    "retry": {"max_attempts": 4, "delay": 7_000},
+    "run_timeout": HOUR,
+    "on_failure": "notify:a",
+    "queue_timeout": HOUR,
+}
 
 
 def test_what_the_submitter_sets_goes_over_the_type_and_the_type_over_the_defaults() -> None:

@@ -56,7 +56,9 @@ def test_places_are_ordered_by_priority_then_order(p: int, order: int, q: int, o
 
 
 @given(QUEUES, NAMES, st.sampled_from([b"s", b"c", b"r", b"a\x00", b"pl", b"p", b"bl", b"l"]))
-def test_of_a_tasks_rows_only_its_latest_reports_are_of_the_session_class(queue: str, local: str, suffix: bytes) -> None:
+def test_of_a_tasks_rows_only_its_latest_reports_are_of_the_session_class(
+    queue: str, local: str, suffix: bytes
+) -> None:
     key = tables.task(ids.join(queue, local)) + suffix
     assert tables.is_durable(key) == (suffix != tables.LIVE)
 
