@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from perdure.schemas import topics
+from perdure.schemas import limits, topics
 from perdure.schemas.errors import CommandRefused
 from tests.integration.stack import QUEUE, Stack, stack_on, until
 
@@ -20,7 +20,8 @@ STAGES = ("TaskSubmitted", "TaskPaused", "TaskResumed", "TaskCancelled")
 
 @pytest.fixture
 def stack(kafka_bootstrap: str, topic_prefix: str, tmp_path: Path) -> Iterator[Stack]:
-    with stack_on(kafka_bootstrap, topic_prefix, tmp_path) as made:
+    # As many as a namespace has by default: a command for a queue that nobody knows then makes the longest journeys.
+    with stack_on(kafka_bootstrap, topic_prefix, tmp_path, partitions=limits.DEFAULT_PARTITIONS) as made:
         yield made
 
 
