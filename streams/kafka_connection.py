@@ -26,6 +26,9 @@ _COMMON: dict[str, Any] = {
 }
 
 
+_OLD_EPOCH = frozenset({KafkaError.FENCED_LEADER_EPOCH, KafkaError.UNKNOWN_LEADER_EPOCH})
+
+
 class Connection:
     """A namespace on a cluster. `options` are librdkafka's own and go to every client (SASL, TLS)."""
 
@@ -59,12 +62,22 @@ class Connection:
             asked = self.admin().list_offsets(
                 {where: spec}, isolation_level=IsolationLevel.READ_UNCOMMITTED, request_timeout=CALL_S
             )
-            return int(asked[where].result(CALL_S).offset)
+            try:
+                return int(asked[where].result(CALL_S).offset)
+            except KafkaException as error:
+                if error.args[0].code() in _OLD_EPOCH:
+                    self._forget_admin()
+                raise
 
         what = f"no offsets of {where.topic}/{partition} from {self.bootstrap}"
         first = patiently(lambda: ask(OffsetSpec.earliest()), what)  # type: ignore[no-untyped-call]
         end = patiently(lambda: ask(OffsetSpec.latest()), what)  # type: ignore[no-untyped-call]
         return first, end
+
+    def _forget_admin(self) -> None:
+        """The client knows leaders from before a broker's restart and would ask with their epoch for minutes."""
+        with self._lock:
+            self._admin = None
 
     def config(self, *parts: Mapping[str, Any]) -> dict[str, Any]:
         """Settings of one client: the parts, with the user's own on top."""

@@ -234,8 +234,9 @@ class _Reading:
                 continue
             part = self._log._data[where]
             if not part.first <= self._positions[where] <= part.end:
+                side = "below the log's start" if self._positions[where] < part.first else "above the log's end"
                 raise InfrastructureError(
-                    f"offset {self._positions[where]} of {where} is outside of the log, {part.first} to {part.end}"
+                    f"offset {self._positions[where]} of {where} is {side}: it holds {part.first} to {part.end}"
                 )
             more, self._positions[where] = self._log._slice(
                 where, self._positions[where], most - len(found), self._committed

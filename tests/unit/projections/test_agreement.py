@@ -89,7 +89,7 @@ class World:
             self.clock.now += min(ms, 2_000)
             if beating:
                 seen = max((g.grant for g in self.grants.values() if g.session == self.session), default=0)
-                self.say(commands.WorkerBeat(session=self.session, grants_seen=seen, free=0))
+                self.say(commands.WorkerBeat(session=self.session, grants_seen=seen, free=8))
             self.send(b"")
 
     def act(self, what: str, task_id: str) -> None:
