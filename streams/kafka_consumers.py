@@ -21,7 +21,7 @@ from confluent_kafka import (
     TopicPartition,
 )
 
-from perdure.schemas.errors import InfrastructureError
+from perdure.schemas.errors import InfrastructureError, LogTruncated
 from perdure.streams.kafka_connection import CALL_S, Connection, patiently, quiet
 from perdure.streams.log import BEGIN, END, Record
 from perdure.streams.log import TopicPartition as Where
@@ -79,9 +79,11 @@ class _Consuming:
             self._ends[self._log.plain(str(message.topic())), message.partition() or 0] = message.offset() or 0
             return None
         if error.code() == KafkaError._AUTO_OFFSET_RESET:
-            raise InfrastructureError(
-                f"offset of {message.topic()}/{message.partition()} is outside of the log: {error.str()}. Records were "
-                f"deleted before they were read, or the topic was replaced"
+            topic, partition = self._log.plain(str(message.topic())), message.partition() or 0
+            first, end = self._log.offsets(topic, partition)
+            raise LogTruncated(
+                f"{topic}/{partition} begins at {first} and ends at {end}, but its reader stands outside of that "
+                f"({error.str()}): records were deleted before they were read, or the topic was replaced"
             )
         if error.fatal() or error.code() in (
             KafkaError.TOPIC_AUTHORIZATION_FAILED,

@@ -18,17 +18,18 @@ from perdure.schemas.common import Cause
 from perdure.schemas.events import ProgressReported
 from perdure.streams import engine
 from perdure.streams.decide import Input
+from perdure.streams.decide import decide as decide_really
 from perdure.streams.decision import Moment, Outputs, Telemetry
 from perdure.streams.state import State
 from perdure.streams.store import RocksStore
 
 ARMED = Path("armed")
-_decide, _apply = engine.decide, RocksStore.apply
+_apply = RocksStore.apply
 
 
 def decide(s: State, m: Moment, given: Input) -> Outputs:
     """The real decision, and a fault in the middle of it."""
-    yield from _decide(s, m, given)
+    yield from decide_really(s, m, given)
     match getattr(given.message, "type", None):
         case "raises":
             raise ZeroDivisionError("a defect in a decision")
@@ -58,6 +59,6 @@ def apply(self: RocksStore, writes: Mapping[bytes, bytes | None]) -> None:
 
 
 if __name__ == "__main__":
-    engine.decide = decide
+    engine.decide = decide  # type: ignore[attr-defined]
     RocksStore.apply = apply  # type: ignore[method-assign]
     cli.main()

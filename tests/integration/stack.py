@@ -148,10 +148,19 @@ class Process:
 
     def await_text(self, text: str, count: int = 1) -> None:
         """Wait until it has said something, `count` times in this life."""
-        until(f"{text!r} from {self._command}", lambda: self.text().count(text) >= count or self._fail_if_ended(text))
+        self.reaches(repr(text), lambda: self.text().count(text) >= count)
 
-    def _fail_if_ended(self, text: str) -> None:
-        assert self.runs(), f"it ended without having said {text!r}: {self.text()[-2_000:]}"
+    def reaches(self, what: str, found: Callable[[], bool]) -> None:
+        """Wait for something that only happens while it runs."""
+
+        def look() -> bool:
+            ran = self.runs()
+            if found():
+                return True
+            assert ran, f"it ended before {what}: {self.text()[-2_000:]}"
+            return False
+
+        until(what, look)
 
 
 @dataclass(frozen=True)
@@ -286,7 +295,7 @@ class Stack:
 
     def await_worker(self, worker: Process) -> None:
         """Wait until a (re)started worker has begun to work."""
-        until("the worker works", lambda: self._measured(worker) or worker._fail_if_ended("its metrics"))
+        worker.reaches("its first metrics", lambda: self._measured(worker))
 
     def _measured(self, worker: Process) -> bool:
         found = self.tail(topics.METRICS.name).look()
@@ -317,7 +326,7 @@ class Stack:
     ) -> None:  # fmt: skip
         """What kcat does: a record on task-commands, by a plain producer with librdkafka's default partitioner.
 
-        `placed` is told partition and offset. Call `flush` to have everything acknowledged.
+        partition: -1 leaves it to the partitioner. `placed` is told partition and offset. Call `flush` to have everything acknowledged.
         """
 
         def delivered(error: Any, message: Any) -> None:
@@ -329,9 +338,8 @@ class Stack:
         while True:
             try:
                 self._kcat.produce(
-                    topics.COMMANDS.on(self.prefix), data, key, **({} if partition < 0 else {"partition": partition}),
-                    on_delivery=delivered,
-                )  # fmt: skip
+                    topics.COMMANDS.on(self.prefix), data, key, partition=partition, on_delivery=delivered
+                )
                 return
             except BufferError:
                 self._kcat.poll(0.1)

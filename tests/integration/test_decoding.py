@@ -112,7 +112,7 @@ def _live_a_little(stack: Stack) -> None:
         stack.result(handle)
     stack.await_event(failed.id, "TaskFailed")
     for topic in {t.name for t in topics.ALL} - EMPTY:
-        until(f"a record in {topic}", lambda name=topic: stack.tail(name).look())
+        until(f"a record in {topic}", stack.tail(topic).look)
     until("an acknowledgement", lambda: _acknowledged(stack))
 
 

@@ -200,7 +200,10 @@ def _attack(stack: Stack, attacker: Attacker) -> dict[Place, str]:
     draw, home = attacker.draw, stack.home()
 
     def write(kind: str, value: bytes, partition: int) -> None:
-        stack.produce(value, partition=partition, placed=lambda p, offset: sent.setdefault((p, offset), kind) and None)
+        def placed(found: int, offset: int) -> None:
+            sent[found, offset] = kind
+
+        stack.produce(value, partition=partition, placed=placed)
 
     for number in range(LARGE):
         write(
