@@ -48,9 +48,8 @@ def submit(s: State, m: Moment, command: SubmitTask) -> Outputs:
         policy_version=known[0] if known is not None and bound else command.policy_version,
         submitted_by=command.issued_by, overrides=overrides,
     )  # fmt: skip
-    # A clock that is in doubt may be behind: better look too early, and again, than start too late.
-    due = 0 if command.not_before is None else command.not_before + s.clock.offset + s.clock.unconfirmed
-    if due > m.now:
+    due = None if command.not_before is None else s.due(command.not_before, 0)
+    if due is not None and due > m.now:
         yield events.TaskQueued(**of_task(s, m, task_id), reason="delayed", due=due)
     else:
         yield events.TaskQueued(**of_task(s, m, task_id), reason="queued")

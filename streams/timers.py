@@ -102,13 +102,7 @@ def _due(s: State, scope: bytes, now: int) -> list[tuple[bytes, Timer]]:
 
 
 def _ready(s: State, m: Moment, task_id: str) -> Outputs:
-    """The delay is over; a start time is looked at again, for the clock may have been in doubt when it was counted."""
-    not_before = s.spec(task_id).not_before
-    due = 0 if not_before is None or s.known(task_id).reason != "delayed" else s.due(not_before, 0)
-    if due > m.now:
-        yield events.TaskQueued(**of_task(s, m, task_id), reason="delayed", due=due)
-    else:
-        yield events.TaskQueued(**of_task(s, m, task_id), reason="queued")
+    yield events.TaskQueued(**of_task(s, m, task_id), reason="queued")
 
 
 def _not_started(s: State, m: Moment, task_id: str) -> Outputs:

@@ -122,25 +122,6 @@ def test_a_start_time_set_while_the_clock_is_ahead_is_kept_to() -> None:
     assert due - EARLY <= world.now <= due + 2 * MINUTE
 
 
-@pytest.mark.parametrize("right", [True, False])
-def test_a_start_time_set_while_the_clock_is_behind_is_kept_to(right: bool) -> None:
-    """Whether the clock is set right again, or the time that it shows now is the right one."""
-    world = World()
-    world.skew = 0 if right else HOUR
-    world.submit()
-    world.advance(SECOND)
-    jump(world, -HOUR)
-    due = world.now + 10 * MINUTE
-    task_id = world.submit(not_before=due)
-    world.advance(MINUTE)
-    if right:
-        jump(world, HOUR)
-        world.submit()
-    while not world.task(task_id).ready:
-        world.advance(SECOND)
-    assert due - EARLY <= world.now <= due + 2 * SECOND
-
-
 def test_a_start_time_that_the_clock_has_only_passed_by_being_ahead_is_kept_to() -> None:
     world = World()
     world.submit()
