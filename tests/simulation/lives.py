@@ -351,7 +351,9 @@ class Lives:
         if self.over:
             return
         worker = self.draw.choice(self.workers)
-        match self.draw.choice(("kill", "kill", "restart", "shut", "engine", "engine down", "fault", "slow", "clock", "hush")):
+        match self.draw.choice(
+            ("kill", "kill", "restart", "shut", "engine", "engine down", "fault", "slow", "clock", "hush")
+        ):
             case "kill":
                 worker.die()
                 self.at(self.draw.choice((100, 5 * SECOND, 40 * SECOND, HOUR)), worker.start)
