@@ -12,6 +12,7 @@ from __future__ import annotations
 import datetime as dt
 import json
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import fields
 from functools import partial
@@ -296,8 +297,8 @@ def _known(content: Mapping[str, Any], name: str, most: int) -> str | None:
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) != len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"the key {next(n for n in names if names.count(n) > 1)!r:.60} occurs twice in one object")
+        ((name, _),) = Counter(name for name, _ in pairs).most_common(1)
+        raise ValueError(f"the key {name!r:.60} occurs twice in one object")
     return found
 
 
@@ -400,7 +401,7 @@ def _check_object(value: bytes, field: str) -> None:
 def _check_outcome(value: str, field: str) -> None:
     """`task:NAME`, `notify:NAME`, or a bare name for which the configuration decides."""
     prefix, colon, name = _name(value, field).partition(":")
-    if colon and (prefix not in ("task", "notify") or not name):
+    if not value.strip() or (colon and (prefix not in ("task", "notify") or not name.strip())):
         raise InvalidRequest(f"{field} is {value!r:.80}: write task:TYPE, notify:TARGET or a bare name", field=field)
 
 

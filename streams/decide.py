@@ -180,10 +180,11 @@ def _for_one(s: State, m: Moment, command: routing.ForOneTask, left: list[int] |
             yield from _query(s, m, command)
         else:
             yield from _execute(s, m, command, _CONTROL[type(command)])
-    elif isinstance(where, int):
+    elif isinstance(where, int) and left is None:
         yield from routing.forward(s, m, where, codec.encode(command))
     else:
-        rest = where if left is None else left
+        # One that is being looked up keeps to its list: partitions may differ in what they know of the queues.
+        rest = where if isinstance(where, list) and left is None else left
         if rest:
             yield from routing.look_up(s, m, command, rest)
         else:

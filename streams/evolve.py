@@ -6,7 +6,7 @@ This module holds the dispatch and the events of the partition; `evolve_task` ho
 from __future__ import annotations
 
 from collections.abc import Callable
-from itertools import islice
+from itertools import islice, takewhile
 from typing import Any
 
 from perdure.schemas import events, rows
@@ -64,10 +64,8 @@ def _forward_taken(s: State, e: events.ForwardTaken) -> None:
 
 
 def _forward_acknowledged(s: State, e: events.ForwardAcknowledged) -> None:
-    scope = tables.outbox(e.target)
-    for suffix, _ in list(s.scan(scope)):
-        if suffix > tables.number(e.up_to):
-            break
+    scope, last = tables.outbox(e.target), tables.number(e.up_to)
+    for suffix in list(takewhile(lambda suffix: suffix <= last, s.suffixes(scope))):
         s.put(scope, suffix, None)
 
 

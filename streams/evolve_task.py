@@ -7,6 +7,7 @@ a fold of task-events has none.
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import islice, takewhile
 from typing import Any
 
 from perdure.schemas import events, limits, rows
@@ -181,15 +182,13 @@ def _step_failed(s: State, e: events.StepFailed) -> None:
 
 def _steps_retired(s: State, e: events.StepsRetired) -> None:
     task = TaskChange(s, e)
-    scope = tables.task(e.task_id)
-    gone = 0
-    for suffix, _ in list(s.scan(scope, start=tables.step(e.from_step), prefix=tables.STEPS)):
-        if suffix > tables.step(e.up_to_step):
-            break
+    scope, last = tables.task(e.task_id), tables.step(e.up_to_step)
+    suffixes = s.suffixes(scope, start=tables.step(e.from_step), prefix=tables.STEPS)
+    gone = list(takewhile(lambda suffix: suffix <= last, suffixes))
+    expect(len(gone) == e.count, f"StepsRetired: {len(gone)} steps in the range, {e.count} said")
+    for suffix in gone:
         s.put(scope, suffix, None)
-        gone += 1
-    expect(gone == e.count, f"StepsRetired: {gone} steps in the range, {e.count} said")
-    task.save(steps_kept=task.row.steps_kept - gone)
+    task.save(steps_kept=task.row.steps_kept - len(gone))
 
 
 def _milestone(s: State, e: events.MilestoneReached) -> None:
@@ -319,17 +318,15 @@ def _redriven(s: State, e: events.TaskRedriven) -> None:
     if total is not None:
         task.arm("total", task.due(total))
     task.save(attempt=0, charged=False, order=e.order, dead_letter=False, finished_at=None, queue_used=0, run_used=0,
-              crashes=0, sessions_lost=0, stop_detail="",
-              steps_kept=task.row.steps_kept - _forget_begun(task))  # fmt: skip
+              crashes=0, sessions_lost=0, stop_detail="")  # fmt: skip
+    _forget_begun(s, e.task_id)
 
 
-def _forget_begun(task: TaskChange) -> int:
-    """A person has looked at the steps whose outcome was unknown: they run again. Returns how many there were."""
-    scope = tables.task(task.id)
-    begun = [suffix for suffix, step in task.s.scan(scope, prefix=tables.STEPS) if step.result is None]
-    for suffix in begun:
-        task.s.put(scope, suffix, None)
-    return len(begun)
+def _forget_begun(s: State, task_id: str) -> None:
+    """A person has looked at the steps whose outcome was unknown: they run again."""
+    scope = tables.task(task_id)
+    for suffix in list(s.suffixes(scope, prefix=tables.BEGUN)):
+        s.put(scope, suffix, None)
 
 
 def _discarded(s: State, e: events.DeadLetterDiscarded) -> None:
@@ -341,9 +338,8 @@ def _discarded(s: State, e: events.DeadLetterDiscarded) -> None:
 def _answers_forgotten(s: State, e: events.AnswersForgotten) -> None:
     task = TaskChange(s, e)
     scope = tables.task(e.task_id)
-    for i, (suffix, _) in enumerate(list(s.scan(scope, prefix=tables.ANSWERS))):
-        if i < e.count:
-            s.put(scope, suffix, None)
+    for suffix in list(islice(s.suffixes(scope, prefix=tables.ANSWERS), e.count)):
+        s.put(scope, suffix, None)
     task.save()
 
 
@@ -357,10 +353,10 @@ def _retired(s: State, e: events.TaskRetired) -> None:
         tables.STATE,
         tables.RESULT,
         tables.LIVE,
-        *(k for k, _ in list(s.scan(scope, prefix=tables.BEGUN))),
     ):
         if s.get(scope, suffix) is not None:
             s.put(scope, suffix, None)
+    _forget_begun(s, e.task_id)
 
 
 def _rejected(s: State, e: events.CommandRejected | events.ReportRejected) -> None:

@@ -14,7 +14,9 @@ from perdure.schemas.errors import Fenced, InfrastructureError, Unreachable
 from perdure.streams.log import OutcomeUnknown, TransactionAborted
 
 CALL_S = 10.0
-"""How long a question to the cluster may take."""
+"""How long a question to the cluster may take, with all that is tried."""
+ASK_S = 3.0
+"""How long it is waited for one answer."""
 T = TypeVar("T")
 
 _COMMON: dict[str, Any] = {
@@ -26,7 +28,8 @@ _COMMON: dict[str, Any] = {
 }
 
 
-_OLD_EPOCH = frozenset({KafkaError.FENCED_LEADER_EPOCH, KafkaError.UNKNOWN_LEADER_EPOCH})
+_STALE = frozenset({KafkaError.FENCED_LEADER_EPOCH, KafkaError.UNKNOWN_LEADER_EPOCH, KafkaError._TIMED_OUT})
+"""After a broker's restart a client may ask with old leader epochs for minutes, or wait for a coordinator for ever."""
 
 
 class Connection:
@@ -39,13 +42,13 @@ class Connection:
         self._admin: AdminClient | None = None
 
     def topic_id(self, topic: str) -> str:
-        admin = self.admin()
         name = self.prefix + topic
-        description = admin.describe_topics(TopicCollection([name]), request_timeout=CALL_S)[name]
-        try:
-            return str(description.result(CALL_S).topic_id)
-        except KafkaException as error:
-            raise Unreachable(f"no description of topic {name} from {self.bootstrap}: {error}") from error
+
+        def ask(admin: AdminClient) -> str:
+            described = admin.describe_topics(TopicCollection([name]), request_timeout=ASK_S)
+            return str(described[name].result().topic_id)
+
+        return self.ask(ask, f"no description of topic {name}")
 
     def admin(self) -> AdminClient:
         """The log's client for topics, offsets and cluster; thread-safe."""
@@ -54,30 +57,42 @@ class Connection:
                 self._admin = AdminClient({k: v for k, v in self._options.items() if k != "enable.metrics.push"})
             return self._admin
 
+    def ask(self, question: Callable[[AdminClient], T], what: str) -> T:
+        """Ask, and again while brokers move or start. Raises `Unreachable` after 10 s."""
+
+        def ask() -> T:
+            admin = self.admin()
+            try:
+                return question(admin)
+            except KafkaException as error:
+                if error.args[0].code() in _STALE:
+                    self._forget(admin)
+                raise
+
+        return patiently(ask, f"{what} from {self.bootstrap}")
+
     def offsets(self, topic: str, partition: int) -> tuple[int, int]:
         """(first offset kept, offset after the last record appended, uncommitted ones included)."""
         where = TopicPartition(self.prefix + topic, partition)
 
         def ask(spec: OffsetSpec) -> int:
-            asked = self.admin().list_offsets(
-                {where: spec}, isolation_level=IsolationLevel.READ_UNCOMMITTED, request_timeout=CALL_S
-            )
-            try:
-                return int(asked[where].result(CALL_S).offset)
-            except KafkaException as error:
-                if error.args[0].code() in _OLD_EPOCH:
-                    self._forget_admin()
-                raise
+            return self.ask(
+                lambda admin: int(
+                    admin.list_offsets(
+                        {where: spec}, isolation_level=IsolationLevel.READ_UNCOMMITTED, request_timeout=ASK_S
+                    )[where].result().offset
+                ),
+                f"no offsets of {where.topic}/{partition}",
+            )  # fmt: skip
 
-        what = f"no offsets of {where.topic}/{partition} from {self.bootstrap}"
-        first = patiently(lambda: ask(OffsetSpec.earliest()), what)  # type: ignore[no-untyped-call]
-        end = patiently(lambda: ask(OffsetSpec.latest()), what)  # type: ignore[no-untyped-call]
+        first = ask(OffsetSpec.earliest())  # type: ignore[no-untyped-call]
+        end = ask(OffsetSpec.latest())  # type: ignore[no-untyped-call]
         return first, end
 
-    def _forget_admin(self) -> None:
-        """The client knows leaders from before a broker's restart and would ask with their epoch for minutes."""
+    def _forget(self, admin: AdminClient) -> None:
         with self._lock:
-            self._admin = None
+            if self._admin is admin:
+                self._admin = None
 
     def config(self, *parts: Mapping[str, Any]) -> dict[str, Any]:
         """Settings of one client: the parts, with the user's own on top."""

@@ -20,9 +20,10 @@ from confluent_kafka import (
     Message,
     TopicPartition,
 )
+from confluent_kafka.admin import AdminClient
 
 from perdure.schemas.errors import InfrastructureError, LogTruncated
-from perdure.streams.kafka_connection import CALL_S, Connection, patiently, quiet
+from perdure.streams.kafka_connection import ASK_S, Connection, patiently, quiet
 from perdure.streams.log import BEGIN, END, Record
 from perdure.streams.log import TopicPartition as Where
 
@@ -173,8 +174,8 @@ class KafkaMember(_Consuming):
         # Asked by a client of its own: a consumer answers only from the thread that polls it.
         asked = ConsumerGroupTopicPartitions(self.group, [TopicPartition(self._log.prefix + t, p) for t, p in wanted])
 
-        def ask() -> list[TopicPartition]:
-            answer = self._log.admin().list_consumer_group_offsets([asked], require_stable=True, request_timeout=CALL_S)
+        def ask(admin: AdminClient) -> list[TopicPartition]:
+            answer = admin.list_consumer_group_offsets([asked], require_stable=True, request_timeout=ASK_S)
             found: list[TopicPartition] = answer[self.group].result().topic_partitions or []
             for partition in found:
                 if partition.error is not None:
@@ -183,7 +184,7 @@ class KafkaMember(_Consuming):
 
         return {
             (self._log.plain(f.topic), f.partition): f.offset if f.offset >= 0 else None
-            for f in patiently(ask, f"no committed offsets of group {self.group}")
+            for f in self._log.ask(ask, f"no committed offsets of group {self.group}")
         }
 
     def seek(self, topic: str, partition: int, offset: int) -> None:
@@ -207,11 +208,10 @@ class KafkaMember(_Consuming):
 
     def _assigned(self, consumer: Consumer, partitions: list[TopicPartition]) -> None:
         # Where the group has no position the log's first record is meant; anything else out of range is an error.
-        known = self.committed([(self._log.plain(p.topic), p.partition) for p in partitions])
-        for p in partitions:
-            offset = known[self._log.plain(p.topic), p.partition]
-            p.offset = OFFSET_BEGINNING if offset is None else offset
-        consumer.assign(partitions)
+        known = patiently(lambda: consumer.committed(partitions, ASK_S), f"no committed offsets of group {self.group}")
+        for p in known:
+            p.offset = OFFSET_BEGINNING if p.offset < 0 else p.offset
+        consumer.assign(known)
         self._on_assigned([(self._log.plain(p.topic), p.partition) for p in partitions])
 
     def _revoked(self, consumer: Consumer, partitions: list[TopicPartition]) -> None:

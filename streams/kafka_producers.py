@@ -8,6 +8,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from queue import Empty, SimpleQueue
 from typing import Any
 
 from confluent_kafka import KafkaError, KafkaException, Message, Producer, TopicPartition
@@ -15,13 +16,16 @@ from confluent_kafka import KafkaError, KafkaException, Message, Producer, Topic
 from perdure.schemas import limits
 from perdure.schemas.errors import Fenced, InfrastructureError, Unreachable, ValueTooLarge
 from perdure.streams.kafka_connection import CALL_S, Connection, quiet, sorted_error
-from perdure.streams.log import OnAck, TransactionAborted, check_size
+from perdure.streams.log import OnAck, OutcomeUnknown, TransactionAborted, check_size
 from perdure.streams.log import TopicPartition as Where
 
 _SLOW_COMMIT_S = 0.35
 """librdkafka repeats an EndTxn by itself when its connection is lost, and the first one may still arrive: inside the
 next transaction, unless a new epoch fences it. Reconnecting takes 0.75 x reconnect.backoff.ms at the least, so a commit
 that was repeated was slower than this (docs/decisions/0005)."""
+_OFFSETS_S = 3.0
+"""How long the group's coordinator may take; see `_Bounded`."""
+_INIT_S = 10.0
 _PRODUCER: dict[str, Any] = {
     "enable.idempotence": True,
     "acks": "all",
@@ -92,11 +96,48 @@ class KafkaProducer:
             self._producer.poll(0.2)
 
 
+class _Bounded:
+    """Makes calls on a thread of its own, to give up those that do not return.
+
+    After a broker's outage `send_offsets_to_transaction` waits for ever, whatever timeout it is given, until the next
+    outage: librdkafka's issues 5456 and 5511, seen with one producer in six. What is given up stays behind until then.
+    """
+
+    def __init__(self) -> None:
+        self._calls: SimpleQueue[Callable[[], Any] | None] = SimpleQueue()
+        self._ends: SimpleQueue[BaseException | None] = SimpleQueue()
+        threading.Thread(target=self._serve, name="kafka-calls", daemon=True).start()
+
+    def call(self, call: Callable[[], Any], timeout_s: float) -> None:
+        """Call. Raises what the call raises, or `OutcomeUnknown`; after that this object is useless."""
+        self._calls.put(call)
+        try:
+            error = self._ends.get(timeout=timeout_s)
+        except Empty:
+            raise OutcomeUnknown(f"no answer from the group's coordinator within {timeout_s:g} s") from None
+        if error is not None:
+            raise error
+
+    def close(self) -> None:
+        """End the thread, after the call under way if there is one."""
+        self._calls.put(None)
+
+    def _serve(self) -> None:
+        while (call := self._calls.get()) is not None:
+            try:
+                call()
+            except BaseException as error:  # noqa: BLE001 - it belongs to the thread that asked
+                self._ends.put(error)
+            else:
+                self._ends.put(None)
+
+
 class KafkaTransactional:
     """A transactional producer; takes a fresh epoch by itself when a commit was slow (see `_SLOW_COMMIT_S`)."""
 
     def __init__(self, log: Connection, name: str) -> None:
         self._log, self._name = log, name
+        self._bounded = _Bounded()
         self._suspect = False
         self._fenced: Fenced | None = None
         self._producer = self._create()
@@ -104,11 +145,10 @@ class KafkaTransactional:
     def _create(self) -> Producer:
         producer = Producer(self._log.config(_PRODUCER, {
             "transactional.id": self._log.prefix + self._name, "transaction.timeout.ms": 15_000,
-            "message.timeout.ms": 15_000, "retry.backoff.ms": 10,
-                    "reconnect.backoff.ms": 500, "error_cb": quiet,
+            "message.timeout.ms": 15_000, "retry.backoff.ms": 10, "reconnect.backoff.ms": 500, "error_cb": quiet,
         }))  # fmt: skip
         try:
-            producer.init_transactions(60.0)
+            producer.init_transactions(_INIT_S)
         except KafkaException as error:
             raise Unreachable(
                 f"no transactions for {self._name} on {self._log.bootstrap}: {error.args[0].str()}"
@@ -117,7 +157,10 @@ class KafkaTransactional:
 
     def begin(self) -> None:
         if self._suspect:
-            self._producer = self._create()
+            try:
+                self._producer = self._create()
+            except Unreachable as error:
+                raise TransactionAborted(f"not begun: {error}") from error
             self._suspect = False
         self._call("begin", self._producer.begin_transaction)
 
@@ -138,10 +181,10 @@ class KafkaTransactional:
 
     def commit(self, member: Any, offsets: Mapping[Where, int]) -> None:
         positions = [TopicPartition(self._log.prefix + t, p, o) for (t, p), o in offsets.items()]
-        self._call(
-            "send offsets",
-            lambda: self._producer.send_offsets_to_transaction(positions, member.group_metadata(), CALL_S),
-        )
+        group = member.group_metadata()
+        self._call("send offsets", lambda: self._bounded.call(
+            lambda: self._producer.send_offsets_to_transaction(positions, group, CALL_S), _OFFSETS_S
+        ))  # fmt: skip
         self._call("flush", lambda: self._producer.flush(15.0))
         began = time.monotonic()
         self._call("commit", lambda: self._producer.commit_transaction(30.0))
@@ -153,6 +196,7 @@ class KafkaTransactional:
         self._suspect = time.monotonic() - began >= _SLOW_COMMIT_S
 
     def close(self) -> None:
+        self._bounded.close()
         if self._fenced is None:
             self._producer.purge()
             self._call("close", lambda: self._producer.flush(0.5))

@@ -16,6 +16,7 @@ from perdure.streams.state import State
 
 ENDING = b"ending/"
 DRAINING = b"draining/"
+_ENDS_AT_ONCE = limits.DECISION_KEYS // 10
 
 
 def started(s: State, m: Moment, record: WorkerStarted) -> Outputs:
@@ -117,7 +118,8 @@ def overdue(s: State, m: Moment) -> bool:
 
 
 def examine(s: State, m: Moment) -> Outputs:
-    """Look for silent sessions."""
+    """Look for silent sessions, and end those that were found silent before: many small ones or a big one."""
+    before = s.touched
     for session in sorted(s.sessions.values(), key=lambda w: w.session):
         if session.state == "ended" or m.now < term_ends(session):
             continue
@@ -126,7 +128,8 @@ def examine(s: State, m: Moment) -> Outputs:
             yield _note(replace(session, suspected=max(1, m.now), state=state))
         elif m.now >= session.suspected + limits.BEAT_MS:
             yield from end(s, m, session, "session_ended")
-            return
+            if s.touched - before > _ENDS_AT_ONCE:
+                return
 
 
 def term_ends(session: Session) -> int:

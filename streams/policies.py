@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 from functools import lru_cache
 
-from perdure.schemas import limits
+from perdure.schemas import events, limits
 from perdure.schemas.commands import SubmitTask
 from perdure.schemas.common import Policy, Retry
 from perdure.schemas.errors import InvalidRequest
 from perdure.schemas.ids import check_queue
 from perdure.schemas.policies import apply_overrides, policy_from_json
+from perdure.streams.decision import Moment, Outputs, of_task
 from perdure.streams.state import State
 
 _PLAIN = (
@@ -36,6 +37,15 @@ def of_type(s: State, task_type: str, overrides: bytes | None) -> Policy:
 @lru_cache(maxsize=1_024)
 def _parsed(stated: str, overrides: bytes | None) -> Policy:
     return _over(policy_from_json(json.loads(stated)), overrides)
+
+
+def bind(s: State, m: Moment, task_id: str) -> Outputs:
+    """Bind the policy of a task whose type was unknown until now, if it is known here."""
+    spec = s.spec(task_id)
+    known = s.config("type/" + spec.type)
+    if spec.policy is None and known is not None and known[0] >= (spec.policy_version or 0):
+        policy = of_type(s, spec.type, spec.overrides)
+        yield events.TaskPolicyBound(**of_task(s, m, task_id), policy=policy, policy_version=known[0])
 
 
 def fault(name: str, content: bytes | None) -> str | None:

@@ -47,8 +47,7 @@ def _scopes(s: State, session: Session) -> Iterator[bytes]:
 
 
 def _grant(s: State, m: Moment, task_id: str, session: Session) -> Outputs:
-    if s.spec(task_id).policy is None:
-        yield from bind(s, m, task_id)
+    yield from policies.bind(s, m, task_id)
     t = s.known(task_id)
     size = _carried(s, task_id)
     if size > limits.INBOX_MAX:
@@ -64,15 +63,6 @@ def _grant(s: State, m: Moment, task_id: str, session: Session) -> Outputs:
     yield ToWorker(_run_attempt(s, task_id))
     if s.known(task_id).steps_kept:
         yield ToWorker(step_page(s, task_id, after=""))
-
-
-def bind(s: State, m: Moment, task_id: str) -> Outputs:
-    """Bind the policy of a task whose type was unknown when it was submitted."""
-    spec = s.spec(task_id)
-    known = s.config("type/" + spec.type)
-    if known is not None and known[0] >= (spec.policy_version or 0):
-        policy = policies.of_type(s, spec.type, spec.overrides)
-        yield events.TaskPolicyBound(**of_task(s, m, task_id), policy=policy, policy_version=known[0])
 
 
 def _carried(s: State, task_id: str) -> int:

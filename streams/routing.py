@@ -105,7 +105,7 @@ def find_by_prefix(s: State, prefix: str) -> list[str]:
     head, tail = ids.split(prefix)
     found = s.find_tasks(tables.tasks_from(prefix), limits.FIND_IDS_MAX)
     if head:
-        found += [t for t in s.find_tasks(tables.tasks_from(tail), limits.FIND_IDS_MAX) if t.startswith(prefix)]
+        found += s.find_tasks(tables.tasks_from(tail), limits.FIND_IDS_MAX, routing_key=head)
     return sorted(set(found))[: limits.FIND_IDS_MAX]
 
 
@@ -129,8 +129,8 @@ def acknowledged(s: State, m: Moment, record: ForwardedAck) -> Outputs:
 
 def clear_outbox(s: State, m: Moment, target: int, up_to: int) -> Outputs:
     """Take acknowledged rows out of the outbox, a chunk at a time."""
-    found = islice(s.scan(tables.outbox(target)), limits.STEPS_CHUNK + 1)
-    numbers = [n for suffix, _ in found if (n := int.from_bytes(suffix, "big")) <= up_to]
+    found = islice(s.suffixes(tables.outbox(target)), limits.STEPS_CHUNK + 1)
+    numbers = [n for suffix in found if (n := int.from_bytes(suffix, "big")) <= up_to]
     cursor = CLEARING + str(target).encode()
     if numbers:
         last = numbers[: limits.STEPS_CHUNK][-1]

@@ -12,7 +12,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from perdure.schemas import limits
 from perdure.schemas.errors import ConfigurationError, Unreachable
@@ -26,9 +26,8 @@ _BUFFER_RECORDS = 5_000
 _BUFFER_BYTES = 32 * 1024 * 1024
 _READ_S = 0.2
 _LOCK_WAIT_S = 15.0
-_STUCK_S = 15.0
-"""A commit that takes longer than transaction.timeout.ms has failed; librdkafka may wait for ever (its issue 5456)."""
-_JOIN_S = 30.0
+_JOIN_S = 60.0
+T = TypeVar("T")
 
 
 def wall_clock() -> int:
@@ -117,14 +116,14 @@ class Runner:
         lanes = [self._lanes.pop(n) for n in numbers if n in self._lanes]
         for lane in lanes:
             lane.ask_to_stop()
-        for lane in lanes:
-            lane.join()
+        joined = [lane.join() for lane in lanes]
+        if not all(joined):
+            # Its store stays locked, and its transaction may be open: only the process's end puts that right.
+            self.fail(Unreachable(f"{self.kind.name}: a partition was not given up within {_JOIN_S:g} s"))
 
     def _balance(self) -> None:
         """Stop fetching for lanes that are behind, and fetch again for those that have caught up."""
         for number, lane in self._lanes.items():
-            if lane.stuck():
-                self.fail(Unreachable(f"{self.kind.name}/{number}: a commit has not ended within {_STUCK_S:g} s"))
             where = [(topic, number) for topic in self.kind.inputs]
             if number not in self._paused and lane.ready and lane.is_full():
                 self._paused.add(number)
@@ -145,7 +144,6 @@ class Lane:
         self._stop = False
         self._woken = False
         self.ready = False
-        self._shard: Shard | None = None
         self._changed = threading.Condition()
         self._thread = threading.Thread(target=self._run, name=f"{runner.kind.name}-{partition}", daemon=True)
         self._thread.start()
@@ -171,26 +169,26 @@ class Lane:
         """Whether more may come."""
         return len(self._records) < _BUFFER_RECORDS // 2 and self._bytes < _BUFFER_BYTES // 2
 
-    def stuck(self) -> bool:
-        """Whether a commit has been under way for too long."""
-        since = self._shard.committing_since if self._shard is not None else None
-        return since is not None and time.monotonic() - since > _STUCK_S
-
     def ask_to_stop(self) -> None:
         """Finish the transaction under way and end."""
         with self._changed:
             self._stop = True
             self._changed.notify()
 
-    def join(self) -> None:
-        """Wait for the thread's end; a commit that is stuck in the client library is not waited for."""
-        deadline = time.monotonic() + _JOIN_S
-        while self._thread.is_alive() and not self.stuck() and time.monotonic() < deadline:
-            self._thread.join(0.1)
+    def join(self) -> bool:
+        """Wait for the thread's end; False if it has not come: a call to the broker does not return."""
+        self._thread.join(_JOIN_S)
+        return not self._thread.is_alive()
 
     def _run(self) -> None:
         try:
-            self._shard = shard = self._open()
+            store = self._patiently(self._open_store)
+            if store is None:
+                return
+            shard = self._patiently(lambda: self._open(store))
+            if shard is None:
+                store.close()
+                return
             try:
                 if self._restore(shard):
                     self._work(shard)
@@ -199,23 +197,38 @@ class Lane:
         except BaseException as error:  # noqa: BLE001 - whatever ends a lane ends the runner, which raises it
             self._runner.fail(error)
 
-    def _open(self) -> Shard:
+    def _patiently(self, call: Callable[[], T]) -> T | None:
+        """Call, and again while the broker is away; None if the partition was taken away meanwhile."""
+        while not self._stop:
+            try:
+                return call()
+            except Unreachable:
+                continue
+        return None
+
+    def _directory(self) -> Path:
         runner = self._runner
         topic_id = runner.log.topic_id(runner.kind.changelog or runner.kind.inputs[0])
-        path = runner.directory / runner.kind.name / topic_id / str(self._partition)
+        return runner.directory / runner.kind.name / topic_id / str(self._partition)
+
+    def _open_store(self) -> RocksStore:
+        path = self._directory()
         deadline = time.monotonic() + _LOCK_WAIT_S
         while True:
             try:
-                store = RocksStore(path)
-                break
+                return RocksStore(path)
             except ConfigurationError:
                 # The partition's last owner on this host may still be closing the store.
                 if time.monotonic() > deadline or self._stop:
                     raise
                 time.sleep(0.1)
+
+    def _open(self, store: RocksStore) -> Shard:
+        runner = self._runner
         return Shard(
             runner.kind, self._partition, log=runner.log, store=store, member=runner.member,
-            transactional_id=f"{runner.kind.name}.{self._partition}", crash_marks=CrashMarks(path / "executing"),
+            transactional_id=f"{runner.kind.name}.{self._partition}",
+            crash_marks=CrashMarks(store.path / "executing"),
         )  # fmt: skip
 
     def _restore(self, shard: Shard) -> bool:
@@ -223,13 +236,13 @@ class Lane:
         while not self._stop:
             if shard.restore_some():
                 break
-        if self._stop:
+        positions = self._patiently(shard.start_positions)
+        if positions is None:
             return False
-        where = [(topic, self._partition) for topic in self._runner.kind.inputs]
-        for topic, offset in shard.start_positions().items():
+        for topic, offset in positions.items():
             self._runner.member.seek(topic, self._partition, BEGIN if offset is None else offset)
         self.ready = True
-        self._runner.member.resume(where)
+        self._runner.member.resume([(topic, self._partition) for topic in self._runner.kind.inputs])
         self._runner.on_ready(self._partition)
         return True
 

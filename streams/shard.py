@@ -14,7 +14,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable
 
-from perdure.schemas.errors import ConfigurationError, LogTruncated
+from perdure.schemas.errors import ConfigurationError, Fenced, LogTruncated, Unreachable
 from perdure.streams.crash_marks import CrashMarks
 from perdure.streams.log import Log, Member, OutcomeUnknown, Reader, Record, TransactionAborted, Transactional
 from perdure.streams.processor import Kind, Out, changelog_rows
@@ -22,6 +22,8 @@ from perdure.streams.store import META, Store
 
 CHANGELOG_POSITION = META + b"changelog"
 RESTORE_BATCH = 2_000
+REVOCATION_S = 3.0
+"""Within this the group tells a member that its partition is another's: three heartbeats."""
 
 
 def by_topic(out: Iterable[Out]) -> dict[str, list[tuple[bytes | None, bytes | None]]]:
@@ -30,6 +32,12 @@ def by_topic(out: Iterable[Out]) -> dict[str, list[tuple[bytes | None, bytes | N
     for o in out:
         groups.setdefault(o.topic, []).append((o.key, o.value))
     return groups
+
+
+def _wait(seconds: float, while_: Callable[[], bool]) -> None:
+    end = time.monotonic() + seconds
+    while while_() and time.monotonic() < end:
+        time.sleep(0.05)
 
 
 class Shard:
@@ -52,7 +60,6 @@ class Shard:
         self._marks = crash_marks
         self._producer: Transactional = log.transactional(transactional_id)
         self._changelog_next: int | None = None
-        self.committing_since: float | None = None
         self._reader: Reader | None = None
         self._target = 0
         self.processor = kind.open(store, partition)
@@ -125,7 +132,8 @@ class Shard:
     def run_batch(self, records: list[Record], still_mine: Callable[[], bool] = lambda: True) -> bool:
         """Execute records and commit; False if the partition was taken away before the commit.
 
-        Raises `Fenced` when another producer has this one's name.
+        Goes on while the broker is away. A producer that is fenced may have been slow, not replaced: the broker fences
+        the producer of a transaction that outlives its timeout. Who has lost the partition learns it from the group.
         """
         while still_mine():
             try:
@@ -133,9 +141,14 @@ class Shard:
                 return True
             except TransactionAborted:
                 self.processor.rolled_back()
+                continue
             except OutcomeUnknown:
-                if self._recover_and_compare(records):
-                    return True
+                pass
+            except Fenced:
+                _wait(REVOCATION_S, still_mine)
+            self.processor.rolled_back()
+            if self._found_committed(records[-1], still_mine):
+                return True
         return False
 
     def _transact(self, records: list[Record]) -> None:
@@ -155,13 +168,10 @@ class Shard:
                 producer.append(self.kind.changelog, self.partition, *rows[-1], self._noted)
             # 3
             positions = self.processor.positions()
-            self.committing_since = time.monotonic()
             producer.commit(self._member, {(t, self.partition): positions[t] for t in {r.topic for r in records}})
         except TransactionAborted:
             producer.abort()
             raise
-        finally:
-            self.committing_since = None
         # 4
         if self._changelog_next is not None:
             writes[CHANGELOG_POSITION] = self._changelog_next.to_bytes(8, "big")
@@ -182,15 +192,22 @@ class Shard:
             self.processor.execute(record)
             self._marks.leave()
 
-    def _recover_and_compare(self, records: list[Record]) -> bool:
-        """After an unknown outcome: a new producer settles it, the changelog tells it. True: it was committed."""
+    def _found_committed(self, last: Record, still_mine: Callable[[], bool]) -> bool:
+        """A new producer ends what the old one left open, and the changelog tells what has become of it."""
         self._producer.close()
-        self._producer = self._log.transactional(self._id)
-        self.processor.rolled_back()
-        self._begin_restore()
-        while not self.restore_some():
-            pass
-        last = records[-1]
+        while still_mine():
+            try:
+                self._producer = self._log.transactional(self._id)
+                self._begin_restore()
+                while not self.restore_some():
+                    if not still_mine():
+                        return False
+                return self._is_committed(last)
+            except Unreachable:
+                continue
+        return False
+
+    def _is_committed(self, last: Record) -> bool:
         if self.kind.plain_changelog:
             where = (last.topic, self.partition)
             committed = self._member.committed([where])[where]

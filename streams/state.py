@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from heapq import heappop, heappush
+from heapq import heappop, heappush, merge
+from itertools import groupby, islice
 from typing import Any, TypeVar
 
-from perdure.schemas import codec, limits
+from perdure.schemas import codec, ids, limits
 from perdure.schemas.rows import Clock, Config, Counter, Live, Position, Row, Session, Step, TaskSpec, TaskState
 from perdure.streams import tables
 from perdure.streams.store import Store
@@ -72,6 +73,15 @@ class State:
 
     def scan(self, scope: bytes, start: bytes = b"", prefix: bytes = b"") -> Iterator[tuple[bytes, Any]]:
         """(suffix, row) of a scope in order, from `start` on, as it is now; `prefix` narrows the suffixes."""
+        for suffix, row in self._range(scope, start, prefix):
+            yield suffix, codec.decode(row) if isinstance(row, bytes) else row
+
+    def suffixes(self, scope: bytes, start: bytes = b"", prefix: bytes = b"") -> Iterator[bytes]:
+        """As `scan`, without the rows."""
+        return (suffix for suffix, _ in self._range(scope, start, prefix))
+
+    def _range(self, scope: bytes, start: bytes, prefix: bytes) -> Iterator[tuple[bytes, Any]]:
+        """(suffix, row) of a scope; rows that the store has are still encoded."""
         fresh = self._dirty.get(scope, {})
         begin = max(start, prefix)
         mine = sorted(s for s in fresh if s >= begin and s.startswith(prefix))
@@ -86,7 +96,7 @@ class State:
             if at < len(mine) and mine[at] == suffix:
                 continue
             if suffix not in fresh:
-                yield suffix, codec.decode(data)
+                yield suffix, data
         for suffix in mine[at:]:
             if (row := fresh[suffix]) is not None:
                 yield suffix, row
@@ -119,18 +129,21 @@ class State:
         for suffix, row in self.scan(tables.task(task_id), start=start, prefix=tables.STEPS):
             yield tables.step_id(suffix), row
 
-    def find_tasks(self, prefix: bytes, most: int) -> list[str]:
-        """Ids of at most `most` tasks whose scope begins with `prefix`, in order; steps are jumped over."""
-        found = [tables.task_of(scope)[1] for scope in self._dirty if scope.startswith(prefix)]
+    def find_tasks(self, prefix: bytes, most: int, routing_key: str | None = None) -> list[str]:
+        """Ids of the first `most` tasks, in the order of scopes, whose scope begins with `prefix`."""
+        fresh = sorted(scope for scope in self._dirty if scope.startswith(prefix))
+        scopes = (scope for scope, _ in groupby(merge(fresh, self._stored_tasks(prefix))))
+        ids_of = (tables.task_of(scope)[1] for scope in scopes)
+        wanted = (t for t in ids_of if routing_key is None or ids.split(t)[0] == routing_key)
+        return list(islice((t for t in wanted if self.task(t) is not None), most))
+
+    def _stored_tasks(self, prefix: bytes) -> Iterator[bytes]:
+        """Scopes in the store; the rows of each are jumped over."""
         start = b""
-        while len(found) < most:
-            first = next(self._store.scan(prefix, start), None)
-            if first is None:
-                break
-            scope, task_id = tables.task_of(first[0])
-            found.append(task_id)
+        while (first := next(self._store.scan(prefix, start), None)) is not None:
+            scope, _ = tables.task_of(first[0])
+            yield scope
             start = scope[len(prefix) :] + b"\xff"
-        return sorted({t for t in found if self.task(t) is not None})[:most]
 
     def counter(self, name: str) -> int:
         """A number that only grows; 0 at first."""

@@ -78,7 +78,7 @@ class RocksStore:
 
     def __init__(self, path: Path) -> None:
         path.mkdir(parents=True, exist_ok=True, mode=0o700)
-        self._path = path
+        self.path = path
         try:
             self._db = Rdict(str(path), options=_options(), access_type=AccessType.read_write())
         except Exception as error:  # rocksdict raises bare Exception for everything

@@ -97,6 +97,7 @@ def retry(s: State, m: Moment, command: RetryTask) -> Outputs:
         raise Refused("the task was discarded and is being forgotten: parts of it may be gone already")
     order = place_order(m)
     yield events.TaskRedriven(**of_task(s, m, task_id), input=command.input, order=order)
+    yield from policies.bind(s, m, task_id)
     yield events.TaskQueued(**of_task(s, m, task_id), reason="queued")
 
 

@@ -14,7 +14,7 @@ from perdure.schemas.codec import replace
 from perdure.schemas.commands import Tick
 from perdure.schemas.inbox import RevokeAttempt
 from perdure.schemas.rows import Mark, Timer
-from perdure.streams import attempts, clock, leases, policies, ready_queue, routing, tables, task_lifecycle
+from perdure.streams import attempts, clock, leases, policies, routing, tables, task_lifecycle
 from perdure.streams.decision import Moment, Note, Outputs, ToWorker, of_task
 from perdure.streams.state import State
 from perdure.streams.task_lifecycle import ENDED
@@ -71,7 +71,7 @@ def bind_tasks(s: State, m: Moment, task_type: str, after: str = "") -> Outputs:
     found = islice(s.scan(tables.unbound(task_type), start=start), BINDS_AT_ONCE + 1)
     waiting = [suffix.decode() for suffix, _ in found]
     for task_id in waiting[:BINDS_AT_ONCE]:
-        yield from ready_queue.bind(s, m.following(), task_id)
+        yield from policies.bind(s, m.following(), task_id)
     cursor = BINDING + task_type.encode()
     if len(waiting) > BINDS_AT_ONCE:
         yield Note(tables.MARKS, cursor, Mark(text=waiting[BINDS_AT_ONCE - 1]))
@@ -119,13 +119,14 @@ def _timeout(kind: str) -> Callable[[State, Moment, str], Outputs]:
 def _retire(s: State, m: Moment, task_id: str) -> Outputs:
     """Forget an ended task: first its steps and answers, a chunk with each tick, then itself."""
     scope = tables.task(task_id)
-    kept = [step_id for step_id, _ in s.steps(task_id)][: limits.STEPS_CHUNK]
+    kept = list(islice(s.suffixes(scope, prefix=tables.STEPS), limits.STEPS_CHUNK))
     if kept:
-        yield events.StepsRetired(**of_task(s, m, task_id), from_step=kept[0], up_to_step=kept[-1], count=len(kept))
+        first, last = tables.step_id(kept[0]), tables.step_id(kept[-1])
+        yield events.StepsRetired(**of_task(s, m, task_id), from_step=first, up_to_step=last, count=len(kept))
         return
-    answers = sum(1 for _ in s.scan(scope, prefix=tables.ANSWERS))
+    answers = sum(1 for _ in islice(s.suffixes(scope, prefix=tables.ANSWERS), limits.STEPS_CHUNK))
     if answers:
-        yield events.AnswersForgotten(**of_task(s, m, task_id), count=min(answers, limits.STEPS_CHUNK))
+        yield events.AnswersForgotten(**of_task(s, m, task_id), count=answers)
         return
     yield events.TaskRetired(**of_task(s, m, task_id))
 
