@@ -6,9 +6,13 @@ record is numbered, an acknowledgement is cumulative.
 
 from __future__ import annotations
 
+from collections import deque
+from dataclasses import dataclass, field
+
 from perdure.schemas import codec, limits, topics
 from perdure.schemas.commands import ApplyConfig, Forwarded, ForwardedAck, Tick
 from perdure.schemas.errors import InfrastructureError
+from perdure.schemas.rows import Outbox
 from perdure.schemas.signing import Keys, signed
 from perdure.streams import tables, timers
 from perdure.streams.config_view import ConfigView
@@ -20,13 +24,23 @@ APPLIED_KINDS = frozenset({"queue", "type", "limit", "schedule", "rule", "notify
 _PATIENCE_MS = 1_000
 
 
+@dataclass
+class _Way:
+    """Records of the outbox on their way to one partition."""
+
+    unsent: deque[int] = field(default_factory=deque)
+    sent: deque[int] = field(default_factory=deque)
+    since: int = 0
+    """Host time, ms, of the last acknowledgement, or of the oldest sending after it."""
+
+
 class Duties:
     """The duties for one partition. `now` is always the host's wall clock in ms."""
 
     def __init__(self, engine: Engine, keys: Keys, producer: Producer, config: ConfigView) -> None:
         self._engine, self._keys, self._producer, self._config = engine, keys, producer, config
         self._partition = engine.state.partition
-        self._unacknowledged: dict[tuple[int, int], int] = {}
+        self._ways = {target: _Way() for target in range(engine.state.partitions)}
         self._offered: dict[str, int] = {}
         self._tick_sent = 0
         self._tick_offset: int | None = -1
@@ -35,7 +49,7 @@ class Duties:
 
     def _offer_deletions(self) -> None:
         """What the state still has and `config` has no longer, not even as a tombstone, was deleted."""
-        latest = max((version for version, _ in self._config.names.values()), default=0)
+        latest = max((version for version, _ in list(self._config.names.values())), default=0)
         for suffix, row in list(self._engine.state.scan(tables.CONFIG)):
             name = suffix.decode()
             if name not in self._config.names and row.content is not None:
@@ -44,8 +58,8 @@ class Duties:
 
     def _find_unsent(self) -> None:
         for target in range(self._engine.state.partitions):
-            for suffix, _ in self._engine.state.scan(tables.outbox(target)):
-                self._unacknowledged[target, int.from_bytes(suffix, "big")] = 0
+            numbers = [int.from_bytes(n, "big") for n in self._engine.state.suffixes(tables.outbox(target))]
+            self._ways[target].unsent.extend(numbers)
 
     def after_commit(self, now: int) -> None:
         """Do what the committed records ask for."""
@@ -53,7 +67,7 @@ class Duties:
         for step in self._engine.take_after():
             match step:
                 case Send():
-                    self._unacknowledged[step.target, step.number] = 0
+                    self._ways[step.target].unsent.append(step.number)
                 case Acknowledge():
                     acknowledgements[step.source] = max(step.up_to, acknowledgements.get(step.source, 0))
         for source, up_to in acknowledgements.items():
@@ -73,9 +87,7 @@ class Duties:
         wanted = self._engine.next_tick()
         if wanted is not None:
             due = min(due, max(wanted, self._next_tick_at(wanted, now)))
-        if self._unacknowledged:
-            due = min(due, min(self._unacknowledged.values()) + limits.FORWARD_RESEND_MS)
-        return due
+        return min([due, *(way.since + limits.FORWARD_RESEND_MS for way in self._ways.values() if way.sent)])
 
     def _tick(self, now: int) -> None:
         wanted = self._engine.next_tick()
@@ -109,15 +121,26 @@ class Duties:
                 self._append(self._partition, signed(record, *self._keys.newest_engine()))
 
     def _send_outbox(self, now: int) -> None:
-        state = self._engine.state
-        for (target, number), sent in sorted(self._unacknowledged.items()):
-            row = state.get(tables.outbox(target), tables.number(number))
-            if row is None:
-                del self._unacknowledged[target, number]
-            elif now - sent >= limits.FORWARD_RESEND_MS or sent > now:
-                self._unacknowledged[target, number] = now
-                record = Forwarded(source=self._partition, target=target, number=number, record=row.record)
-                self._append(target, signed(record, *self._keys.newest_engine()))
+        """Send what is new, and all again when nothing was acknowledged for a while: they are taken in order only."""
+        for target, way in self._ways.items():
+            while way.sent and self._in_outbox(target, way.sent[0]) is None:
+                way.sent.popleft()
+                way.since = now
+            if way.sent and (now - way.since >= limits.FORWARD_RESEND_MS or way.since > now):
+                way.unsent.extendleft(reversed(way.sent))
+                way.sent.clear()
+            while way.unsent:
+                number = way.unsent.popleft()
+                row = self._in_outbox(target, number)
+                if row is not None:
+                    record = Forwarded(source=self._partition, target=target, number=number, record=row.record)
+                    self._append(target, signed(record, *self._keys.newest_engine()))
+                    way.since = way.since if way.sent else now
+                    way.sent.append(number)
+
+    def _in_outbox(self, target: int, number: int) -> Outbox | None:
+        row: Outbox | None = self._engine.state.get(tables.outbox(target), tables.number(number))
+        return row
 
     def _append(self, partition: int, value: bytes) -> None:
         self._producer.append(topics.COMMANDS.name, partition, None, value)

@@ -171,11 +171,17 @@ class KafkaMember(_Consuming):
         return found
 
     def committed(self, wanted: Iterable[Where]) -> dict[Where, int | None]:
-        # Asked by a client of its own: a consumer answers only from the thread that polls it.
+        return self._committed(wanted, settled=True)
+
+    def _committed(self, wanted: Iterable[Where], settled: bool) -> dict[Where, int | None]:
+        """Positions of the group; `settled`: those of open transactions are waited for, which Kafka may end only later.
+
+        Asked by a client of its own: a consumer answers only from the thread that polls it.
+        """
         asked = ConsumerGroupTopicPartitions(self.group, [TopicPartition(self._log.prefix + t, p) for t, p in wanted])
 
         def ask(admin: AdminClient) -> list[TopicPartition]:
-            answer = admin.list_consumer_group_offsets([asked], require_stable=True, request_timeout=ASK_S)
+            answer = admin.list_consumer_group_offsets([asked], require_stable=settled, request_timeout=ASK_S)
             found: list[TopicPartition] = answer[self.group].result().topic_partitions or []
             for partition in found:
                 if partition.error is not None:
@@ -208,10 +214,12 @@ class KafkaMember(_Consuming):
 
     def _assigned(self, consumer: Consumer, partitions: list[TopicPartition]) -> None:
         # Where the group has no position the log's first record is meant; anything else out of range is an error.
-        known = patiently(lambda: consumer.committed(partitions, ASK_S), f"no committed offsets of group {self.group}")
-        for p in known:
-            p.offset = OFFSET_BEGINNING if p.offset < 0 else p.offset
-        consumer.assign(known)
+        # A killed member's transaction may be open still: only its successor, who comes after this, puts an end to it.
+        known = self._committed([(self._log.plain(p.topic), p.partition) for p in partitions], settled=False)
+        for p in partitions:
+            offset = known[self._log.plain(p.topic), p.partition]
+            p.offset = OFFSET_BEGINNING if offset is None else offset
+        consumer.assign(partitions)
         self._on_assigned([(self._log.plain(p.topic), p.partition) for p in partitions])
 
     def _revoked(self, consumer: Consumer, partitions: list[TopicPartition]) -> None:
