@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import field
 from typing import Annotated as A
 
-from perdure.schemas.records import record
+from perdure.schemas.records import Json, record
 
 
 @record("common")
@@ -83,7 +83,7 @@ class StepRecord:
     function: A[str, "Dotted name of the function that ran."]
     code_version: A[str, "Code version that ran."]
     args_hash: A[str, "Hash of the arguments."]
-    result: A[bytes, "Recorded result, JSON."]
+    result: A[Json, "Recorded result, JSON."]
 
 
 @record("common")

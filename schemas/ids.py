@@ -121,9 +121,12 @@ def _uuid7(at_ms: int, rest: bytes) -> str:
 
 
 def grant_token(engine_key: bytes, task_id: str, epoch: int, session: str) -> bytes:
-    """The proof of a grant: HMAC-SHA256 over length-prefixed task id and session and the epoch (RFC 2104)."""
+    """The proof of a grant: HMAC-SHA256 over length-prefixed task id and session and the epoch (RFC 2104).
+
+    Takes any epoch that a record can carry, so that a forged one is refused like every other bad token.
+    """
     task, who = task_id.encode(), session.encode()
-    text = len(task).to_bytes(4, "big") + task + epoch.to_bytes(8, "big") + who
+    text = len(task).to_bytes(4, "big") + task + epoch.to_bytes(8, "big", signed=True) + who
     return hmac.new(engine_key, text, hashlib.sha256).digest()
 
 

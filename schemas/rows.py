@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import field
 from typing import Annotated as A
 
-from perdure.schemas.common import CheckpointRef, ErrorInfo, Policy
+from perdure.schemas.common import CheckpointRef, ErrorInfo, Policy, Usage
 from perdure.schemas.records import Json, record
 
 
@@ -70,6 +70,7 @@ class TaskState:
     crashes: A[int, "Process deaths in a row without a new step or checkpoint."] = 0
     sessions_lost: A[int, "Sessions lost under this task."] = 0
     error: A[ErrorInfo | None, "The last error."] = None
+    usage: A[Usage | None, "What the last attempt that ended used."] = None
     stop_detail: A[str, "Reason of a cancel, or the timeout, that is stopping or has stopped it."] = ""
     dead_letter: A[bool, "Whether it is on the dead-letter list."] = False
     started_at: A[int | None, "Log time of the first start, ms."] = None

@@ -23,6 +23,8 @@ from perdure.schemas import limits
 from perdure.schemas.errors import DecodeError, NotSerializable, ValueTooLarge
 
 TAG = "$perdure"
+_UNFIT = (TypeError, ValueError, AttributeError, LookupError, ArithmeticError, RecursionError)
+"""What JSON, or a value's own code (`model_dump`, a field never set), raises over a value that cannot be carried."""
 
 
 def dumps(value: Any, *, field: str, limit: int = limits.VALUE_MAX) -> bytes:
@@ -35,7 +37,9 @@ def dumps(value: Any, *, field: str, limit: int = limits.VALUE_MAX) -> bytes:
             _plain(value, field, 0), sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False
         )
         data = text.encode()
-    except (TypeError, ValueError, RecursionError) as error:
+    except NotSerializable:
+        raise
+    except _UNFIT as error:
         raise NotSerializable(f"{field} cannot be carried as JSON: {error}", field=field) from error
     if len(data) > limit:
         raise ValueTooLarge(f"{field} is {len(data):,} bytes of JSON; at most {limit:,} are taken", field=field)

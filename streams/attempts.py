@@ -125,7 +125,10 @@ def _fault_of(s: State, task_id: str, report: Report) -> str | None:
     t = s.known(task_id)
     match report:
         case reports.ReportStep():
+            texts = (report.name, report.function, report.code_version, report.args_hash)
             if len(report.step_id.encode()) > limits.STEP_ID_MAX or len(report.result or b"") > limits.VALUE_MAX:
+                return f"step {report.step_id[:100]!r} is too large"
+            if any(len(text) > limits.TEXT_MAX for text in texts):
                 return f"step {report.step_id[:100]!r} is too large"
             return _fault_of_step(s, task_id, t, report)
         case reports.ReportMilestone():
@@ -142,6 +145,10 @@ def _fault_of(s: State, task_id: str, report: Report) -> str | None:
         case reports.ReportProgress():
             if report.fraction is not None and not math.isfinite(report.fraction):
                 return f"progress {report.fraction}"
+            if min(report.units_done or 0, report.units_total or 0) < 0:
+                return f"{report.units_done} of {report.units_total} units"
+            if len(report.current_step or "") > limits.TEXT_MAX:
+                return "the name of the current step is too long"
     return None
 
 

@@ -219,7 +219,7 @@ def _query(s: State, m: Moment, command: DescribeTask | AwaitTask) -> Outputs:
     if command.reply_to is None:
         return
     if isinstance(command, AwaitTask) and s.known(task_id).state not in ENDED:
-        expires = m.now + min(command.timeout, limits.WAITER_MAX_MS)
+        expires = s.due(m.at, min(command.timeout, limits.WAITER_MAX_MS))
         waiter = rows.Waiter(client_id=command.reply_to, expires=expires)
         yield Note(tables.waiters(task_id), command.command_id.encode(), waiter)
         timer = rows.Timer(task_id=task_id, kind="waiter")
@@ -254,11 +254,14 @@ def _refuse(s: State, m: Moment, command: Any, reason: str, field: str | None) -
 def _refuse_illegal(s: State, m: Moment, given: Illegal) -> Outputs:
     command_id = given.command_id or ids.derived_command_id(m.cause.partition, m.cause.offset)
     m = m.of(command_id)
-    yield _rejection(s, m, "", command_id, given.command, given.reason, given.field)
+    stored: rows.Answer | None = s.get(tables.task(given.task_id), tables.answer(command_id))
+    if stored is None:
+        yield _rejection(s, m, given.task_id, command_id, given.command, given.reason, given.field)
+        stored = rows.Answer(accepted=False, reason=given.reason, field=given.field, at=m.at)
     if given.reply_to:
         yield Reply(CommandReply(
-            client_id=given.reply_to, command_id=command_id, task_id=given.task_id, accepted=False,
-            reason=given.reason, field=given.field, at=m.at,
+            client_id=given.reply_to, command_id=command_id, task_id=given.task_id, accepted=stored.accepted,
+            reason=stored.reason, field=stored.field, at=m.at,
         ))  # fmt: skip
 
 

@@ -43,7 +43,7 @@ def status(s: State, m: Moment, task_id: str) -> dict[str, Any]:
     done = t.state == "COMPLETED"
     fraction = 1.0 if done else (live.fraction if live else None)
     if fraction is None and live and live.units_total and live.units_done is not None:
-        fraction = min(1.0, live.units_done / live.units_total)
+        fraction = min(1.0, max(0.0, live.units_done / live.units_total))
     eta = _eta_seconds(m, t, spec, fraction)
     return {
         "task_id": task_id, "type": spec.type, "queue": spec.queue, "state": t.state, "reason": reason,
@@ -58,6 +58,7 @@ def status(s: State, m: Moment, task_id: str) -> dict[str, Any]:
         "worker_id": t.worker_id or None, "session": t.session or None,
         "result": json.loads(result.result) if result else None,
         "error": dict(t.error.__dict__) if t.error else None,
+        "usage": dict(t.usage.__dict__) if t.usage else None,
         "checkpoint_version": t.checkpoint.version if t.checkpoint else None,
         "cancel_reason": t.stop_detail if t.state == "CANCELLED" or t.stopping == "cancelling" else None,
         "timeout": t.stop_detail if t.state == "TIMED_OUT" or t.stopping == "timing_out" else None,

@@ -94,8 +94,9 @@ class Engine:
     def _grant(self, record: Record) -> None:
         """Grant what has become possible."""
         moment = self._moment(record)
+        begin = len(self._out)
         for _ in range(GRANTS_AT_ONCE):
-            if not self.state.grantable:
+            if not self.state.grantable or sum(len(o.value or b"") for o in self._out[begin:]) > limits.OUTPUT_MAX:
                 return
             self.state.grantable = False
             self.state.grantable = self._take(record, ready_queue.next_grant(self.state, moment))

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from itertools import islice, takewhile
 from typing import Any
 
-from perdure.schemas import events, limits, rows
+from perdure.schemas import events, ids, limits, rows
 from perdure.schemas.codec import replace
 from perdure.schemas.common import CheckpointRef, ErrorInfo
 from perdure.schemas.rows import TaskState
@@ -47,6 +47,8 @@ def _submitted(s: State, e: events.TaskSubmitted) -> None:
     scope = tables.task(e.task_id)
     s.put(scope, tables.SPEC, rows.TaskSpec(**{f: getattr(e, f) for f in _SPEC_FIELDS}, submitted_at=e.at))
     s.put(scope, tables.STATE, TaskState(state="PENDING", seq=e.seq, order=e.order, updated_at=e.at))
+    if e.key is not None and ids.split(e.task_id)[1] != ids.keyed_local_id(e.queue, e.type, e.key):
+        s.put(tables.KEYS, tables.key(e.queue, e.type, e.key), rows.Mark(text=e.task_id))
     if e.policy is None:
         _unbound(s, e)
     total = policies.effective(s, e.task_id).total_timeout
@@ -346,7 +348,9 @@ def _answers_forgotten(s: State, e: events.AnswersForgotten) -> None:
 def _retired(s: State, e: events.TaskRetired) -> None:
     task = TaskChange(s, e)
     task.disarm_all()
-    scope = tables.task(e.task_id)
+    scope, spec = tables.task(e.task_id), task.spec()
+    if spec.key is not None and s.get(tables.KEYS, key := tables.key(spec.queue, spec.type, spec.key)) is not None:
+        s.put(tables.KEYS, key, None)
     expect(task.row.steps_kept == 0, f"{e.task_id} is retired with {task.row.steps_kept} steps")
     for suffix in (
         tables.SPEC,

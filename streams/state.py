@@ -130,10 +130,10 @@ class State:
             yield tables.step_id(suffix), row
 
     def find_tasks(self, prefix: bytes, most: int, routing_key: str | None = None) -> list[str]:
-        """Ids of the first `most` tasks, in the order of scopes, whose scope begins with `prefix`."""
+        """Ids of the first `most` tasks, in the order of scopes, whose scope begins with `prefix`; looks at 1,000."""
         fresh = sorted(scope for scope in self._dirty if scope.startswith(prefix))
         scopes = (scope for scope, _ in groupby(merge(fresh, self._stored_tasks(prefix))))
-        ids_of = (tables.task_of(scope)[1] for scope in scopes)
+        ids_of = (tables.task_of(scope)[1] for scope in islice(scopes, limits.DECISION_KEYS))
         wanted = (t for t in ids_of if routing_key is None or ids.split(t)[0] == routing_key)
         return list(islice((t for t in wanted if self.task(t) is not None), most))
 

@@ -47,11 +47,9 @@ class MemoryStore:
 
     def scan(self, prefix: bytes, start: bytes = b"") -> Iterator[tuple[bytes, bytes]]:
         at = bisect_left(self._order, prefix + start)
-        keys = []
-        while at < len(self._order) and self._order[at].startswith(prefix):
-            keys.append(self._order[at])
+        while at < len(self._order) and (key := self._order[at]).startswith(prefix):
+            yield key, self._values[key]
             at += 1
-        return ((k, self._values[k]) for k in keys)
 
     def apply(self, writes: Mapping[bytes, bytes | None]) -> None:
         for key, value in writes.items():

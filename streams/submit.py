@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from dataclasses import MISSING, fields
 from typing import Any
 
-from perdure.schemas import events
+from perdure.schemas import events, ids
 from perdure.schemas.commands import SubmitTask
 from perdure.schemas.common import Retry
 from perdure.schemas.errors import InvalidRequest, ValueTooLarge
-from perdure.streams import policies
+from perdure.streams import policies, tables
 from perdure.streams.decision import Moment, Outputs, of_task
 from perdure.streams.state import State
 from perdure.streams.task_lifecycle import place_order
@@ -35,6 +36,7 @@ def submit(s: State, m: Moment, command: SubmitTask) -> Outputs:
     if s.task(task_id) is not None:
         _check_same(s, command, content, value)
         return
+    _check_key(s, command)
     if command.after:
         raise InvalidRequest("dependencies are not part of this feature level", field="after")
     overrides = policies.overrides_of(command)
@@ -84,14 +86,31 @@ def _check_side_values(command: SubmitTask, overrides: bytes | None) -> None:
         raise ValueTooLarge(f"{names} together may be {_SIDE_VALUES:,} bytes", field=max(sizes, key=sizes.__getitem__))
 
 
+def _canonical(value: bytes) -> str:
+    """Programs write the same JSON in different ways."""
+    return json.dumps(json.loads(value), sort_keys=True)
+
+
 def _digest(value: object) -> str:
     return hashlib.sha256(repr(value).encode()).hexdigest()[:32]
+
+
+def _check_key(s: State, command: SubmitTask) -> None:
+    """A key stands for one task, also where a task with that key was given an id of its own."""
+    if command.key is None:
+        return
+    assert command.queue is not None, "routing fills the queue in"
+    keyed = ids.join(command.queue, ids.keyed_local_id(command.queue, command.type, command.key))
+    row = s.get(tables.KEYS, tables.key(command.queue, command.type, command.key))
+    holder = row.text if row is not None else keyed if s.task(keyed) is not None else None
+    if holder is not None:
+        raise InvalidRequest(f"key {command.key!r} belongs to task {holder} already", field="key")
 
 
 def _check_same(s: State, command: SubmitTask, content: str, value: str) -> None:
     spec = s.spec(command.task_id)
     if command.key is not None and spec.key == command.key:
-        if spec.input_hash != value:
+        if spec.input_hash != value and _canonical(spec.input) != _canonical(command.input):
             raise InvalidRequest(f"key {command.key!r} was used before with another input", field="key")
     elif spec.content_hash != content:
         raise InvalidRequest(f"another task has the id {command.task_id!r}", field="task_id")

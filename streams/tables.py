@@ -21,6 +21,8 @@ SESSIONS = b"S"
 MARKS = b"m"
 CLOCK = b"k"
 WINDOW = b"W"
+KEYS = b"K"
+"""Idempotency keys of tasks whose id was chosen otherwise."""
 POSITION = b"z"
 
 SPEC = b"c"
@@ -134,6 +136,11 @@ def timer_of(suffix: bytes) -> tuple[str, str]:
 def outbox(target: int) -> bytes:
     """Scope of the records for one partition; the suffix is their number."""
     return b"o" + target.to_bytes(4, "big")
+
+
+def key(queue: str, task_type: str, value: str) -> bytes:
+    """Suffix of an idempotency key."""
+    return text(queue) + text(task_type) + text(value)
 
 
 def unbound(task_type: str) -> bytes:

@@ -110,3 +110,6 @@ class TaskChange:
         used = t.run_used + (self.time() - t.clock_since if t.started else 0)
         self.disarm("run", "start")
         self.changes |= {"session": "", "started": False, "run_used": max(0, used)}
+        usage = getattr(self.event, "usage", None)
+        if usage is not None:
+            self.changes["usage"] = usage

@@ -157,16 +157,12 @@ def timed_out(s: State, m: Moment, task_id: str, usage: Usage | None) -> Outputs
     """A running attempt that was stopped because time ran out has ended."""
     t = s.known(task_id)
     which = t.stop_detail
-    if which == "total":
-        yield events.TaskTimedOut(**of_task(s, m, task_id), which="total")
-        yield from _bury(s, m, task_id)
-        return
     error = ErrorInfo(type="timeout", message=f"the {which.replace('_', '-')} timeout ran out", error_types=["timeout"])
     yield events.AttemptFailed(
         **of_task(s, m, task_id), epoch=t.epoch, attempt=t.attempt, error=error, outcome="TIMED_OUT", usage=usage
     )
     retry = policies.effective(s, task_id).retry
-    if t.attempt < retry.max_attempts:
+    if which != "total" and t.attempt < retry.max_attempts:
         yield from _schedule_retry(s, m, task_id, retry, t)
     else:
         yield events.TaskTimedOut(**of_task(s, m, task_id), which=which)

@@ -135,3 +135,10 @@ def test_a_grant_token_is_an_hmac_over_what_it_grants() -> None:
     ]
     assert token not in others
     assert len(set(others)) == 4
+
+
+@pytest.mark.parametrize("epoch", [0, -1, 2**63 - 1, -(2**63)])
+def test_every_epoch_that_a_record_can_carry_has_a_token_of_its_own(epoch: int) -> None:
+    key = b"k" * 32
+    assert len(ids.grant_token(key, "etl/1", epoch, "s")) == 32
+    assert ids.grant_token(key, "etl/1", epoch, "s") != ids.grant_token(key, "etl/1", 1, "s")

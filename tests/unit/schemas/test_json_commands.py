@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime as dt
 import json
+import time
 from dataclasses import fields, replace
 from typing import Any
 
@@ -154,6 +155,14 @@ def test_what_cannot_be_read_is_a_decode_error(data: bytes) -> None:
     with pytest.raises(DecodeError) as caught:
         parse(data)
     str(caught.value).encode()
+
+
+def test_a_key_twice_among_very_many_is_found_soon() -> None:
+    keys = ",".join(f'"{n}":1' for n in [*range(40_000), 39_999])
+    begun = time.process_time()
+    with pytest.raises(DecodeError, match="the key '39999' occurs twice"):
+        parse(b'{"command":"SubmitTask","type":"t","input":{' + keys.encode() + b"}}")
+    assert time.process_time() - begun < 5  # milliseconds; comparing each key with each takes half a minute
 
 
 @pytest.mark.parametrize(

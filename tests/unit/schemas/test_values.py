@@ -227,6 +227,16 @@ class Cyclic(dict[str, Any]):
     pass
 
 
+@dataclasses.dataclass(repr=False)
+class Unset:
+    never: int = dataclasses.field(init=False)
+
+
+class Broken:
+    def model_dump(self, mode: str) -> Any:
+        raise KeyError(mode)
+
+
 CYCLE = Cyclic()
 CYCLE["me"] = CYCLE
 
@@ -255,6 +265,8 @@ CYCLE["me"] = CYCLE
         bytearray(b"x"),
         memoryview(b"x"),
         ValueError("x"),
+        Unset(),
+        Broken(),
     ],
     ids=lambda v: type(v).__name__,
 )

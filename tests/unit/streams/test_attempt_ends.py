@@ -8,7 +8,7 @@ import pytest
 
 from perdure.schemas import commands, events, limits
 from perdure.schemas.codec import replace
-from perdure.schemas.common import ErrorInfo, Retry
+from perdure.schemas.common import ErrorInfo, Retry, Usage
 from perdure.streams.task_lifecycle import backoff, retryable
 from tests.world import (
     HOUR,
@@ -349,3 +349,14 @@ def test_a_retry_that_waits_while_paused_goes_on_waiting_after_the_resume() -> N
     assert scene.stands == "PENDING retry_backoff"
     scene.world.advance(2 * MINUTE)
     assert scene.world.task(scene.task_id).ready
+
+
+@pytest.mark.parametrize("which", ["run", "total"])
+def test_a_stopped_attempt_has_an_end_of_its_own_with_what_it_used(which: str) -> None:
+    scene = Scene(**{f"{which}_timeout": LIMIT})
+    scene.bring_to("timing_out")
+    scene.end(replace(stopped("timed_out"), usage=Usage(duration_ms=7, cpu_seconds=0.5)))
+    assert scene.world.kinds(scene.task_id)[-3:] == ["AttemptFailed", "TaskTimedOut", "TaskDeadLettered"]
+    (end,) = scene.world.of_kind(events.AttemptFailed, scene.task_id)
+    assert (end.outcome, end.usage.duration_ms) == ("TIMED_OUT", 7)
+    assert scene.world.status(scene.task_id)["usage"]["cpu_seconds"] == 0.5

@@ -353,8 +353,11 @@ def test_a_thousand_long_milestones_stop_nothing() -> None:
         checkpoint(1, **{f"track{n}" + "t" * 1_000: n for n in range(limits.POSITIONS_MAX)}),
         progress(float("nan")),
         progress(float("inf")),
+        progress(0.5, units_done=-1),
+        progress(0.5, current_step="s" * (limits.TEXT_MAX + 1)),
+        step("long", function="f" * (limits.TEXT_MAX + 1)),
     ],
-    ids=["step", "step_id", "milestone", "checkpoint", "nan", "inf"],
+    ids=["step", "step_id", "milestone", "checkpoint", "nan", "inf", "units", "current_step", "function"],
 )
 def test_values_out_of_bounds_are_refused_and_the_attempt_goes_on(report: Any) -> None:
     scene = Scene()

@@ -140,6 +140,18 @@ def test_an_illegal_avro_command_for_a_known_task_is_answered_the_same_and_leave
     assert world.kinds(task_id) == ["TaskSubmitted", "TaskQueued", "CommandRejected"]
 
 
+def test_a_command_that_is_illegal_in_itself_leaves_one_event_of_a_known_task() -> None:
+    world = World()
+    task_id = world.submit()
+    pause = {"command": "PauseTask", "task_id": task_id, "command_id": "p", "reply_to": CLIENT}
+    world.json(HOME, **pause)
+    for command_id in ("p", "q", "q"):
+        world.json(HOME, **(pause | {"command_id": command_id, "bogus": 1}))
+    assert [r.accepted for r in world.replies("p")] == [True, True]
+    assert {(r.accepted, r.field) for r in world.replies("q")} == {(False, "bogus")}
+    assert world.kinds(task_id) == ["TaskSubmitted", "TaskQueued", "TaskPaused", "CommandRejected"]
+
+
 # Defects of decisions ------------------------------------------------------------------------------------------------
 
 

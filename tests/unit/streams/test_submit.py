@@ -81,6 +81,34 @@ def test_the_same_key_in_another_queue_or_type_is_another_task() -> None:
     assert len(set(submitted(world))) == 3
 
 
+@pytest.mark.parametrize("first", ["x", ""])
+def test_a_key_stands_for_one_task_also_under_an_id_of_its_own(first: str) -> None:
+    world = World()
+    base = {"command": "SubmitTask", "type": "noop", "key": "k", "input": 1, "reply_to": CLIENT}
+    world.json(HOME, **base, task_id=first)
+    (holder,) = submitted(world)
+    for n, task_id in enumerate(sorted({"x", "", "y"} - {first})):
+        world.json(HOME, **base, command_id=str(n), task_id=task_id)
+        refused = world.reply(str(n))
+        assert (refused.accepted, refused.field) == (False, "key")
+        assert holder in refused.reason
+    world.json(HOME, **base, command_id="again", task_id=first)
+    assert world.reply("again").accepted
+    assert submitted(world) == [holder]
+    world.do(commands.CancelTask, holder, reason="enough")
+    world.advance(limits.RETAIN_MS + HOUR)
+    world.json(HOME, **base, command_id="later", task_id="y")
+    assert world.reply("later").accepted, "the key is free again once its task is forgotten"
+
+
+def test_the_same_input_in_another_writing_is_the_same_input() -> None:
+    world = World()
+    for n, value in enumerate((b'{"a":1,"b":[2.5]}', b'{ "b": [2.5], "a": 1 }')):
+        world.send(SubmitTask(command_id=str(n), type="noop", key="k", input=value, reply_to=CLIENT), HOME)
+        assert world.reply(str(n)).accepted
+    assert len(submitted(world)) == 1
+
+
 def test_a_command_that_names_itself_and_no_task_is_one_task_however_often_it_is_sent() -> None:
     """I7: a producer that sends its record again makes no second task."""
     world = World()
