@@ -406,7 +406,7 @@ def _check_outcome(value: str, field: str) -> None:
 
 
 def _check_retry(value: Retry, field: str) -> None:
-    _number(value.max_attempts, f"{field}.max_attempts", 1, 1_000_000)
+    _number(value.max_attempts, f"{field}.max_attempts", 1, limits.ATTEMPTS_MAX)
     if value.backoff not in _BACKOFFS:
         raise InvalidRequest(
             f"{field}.backoff is {value.backoff!r:.40}; it has to be one of {_BACKOFFS}", field=f"{field}.backoff"

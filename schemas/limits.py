@@ -26,6 +26,7 @@ MESSAGE_MAX = 8 * 1024
 TEXT_MAX = 1024
 """A label, reason, step name or other short text."""
 LABELS_MAX = 64
+ATTEMPTS_MAX = 1_000_000
 LOCAL_ID_MAX = 512
 """A local task id, UTF-8."""
 ROUTING_KEY_MAX = 128

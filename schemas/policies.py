@@ -11,6 +11,7 @@ from typing import Any
 
 import msgspec
 
+from perdure.schemas import limits
 from perdure.schemas.common import Policy, Retry
 from perdure.schemas.durations import MAX_MS
 from perdure.schemas.errors import InvalidRequest
@@ -80,9 +81,10 @@ def check(policy: Policy) -> Policy:
 
 def check_retry(retry: Retry) -> Retry:
     """`retry`, if it can be carried out. Raises `InvalidRequest` naming the field."""
-    if retry.max_attempts < 1:
+    if not 1 <= retry.max_attempts <= limits.ATTEMPTS_MAX:
         raise InvalidRequest(
-            f"retry.max_attempts is {retry.max_attempts}; it is at least 1", field="retry.max_attempts"
+            f"retry.max_attempts is {retry.max_attempts}; it is 1 to {limits.ATTEMPTS_MAX:,}",
+            field="retry.max_attempts",
         )
     _check_choice("retry.backoff", retry.backoff, ("exponential", "fixed"))
     _check_duration("retry.delay", retry.delay, least=0)

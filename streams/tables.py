@@ -1,8 +1,7 @@
 """Key layout of the engine's state.
 
-A key is a scope and a suffix. A scope is what is ever scanned as a whole. Texts inside keys are written with
-FoundationDB's tuple rule (NUL becomes NUL FF, the text ends with one NUL), so no text can reach into another's keys and
-order is kept.
+A key is a scope and a suffix. A scope is what is ever scanned as a whole. Texts inside keys end with NUL and hold none
+(00 becomes 01 01, 01 becomes 01 02), so no text's key is the beginning of another's, and order is kept.
 All keys of a task lie in one scope, its steps as keys of their own.
 """
 
@@ -38,7 +37,7 @@ _SESSION_CLASS = {SOFT_TIMERS, SESSIONS, MARKS, POSITION, b"w"}
 
 def text(value: str) -> bytes:
     """A text as part of a key."""
-    return value.encode().replace(b"\x00", b"\x00\xff") + b"\x00"
+    return value.encode().replace(b"\x01", b"\x01\x02").replace(b"\x00", b"\x01\x01") + b"\x00"
 
 
 def number(value: int) -> bytes:
@@ -66,12 +65,8 @@ def task_of(key: bytes) -> tuple[bytes, str]:
 
 
 def _read_text(key: bytes, at: int) -> tuple[str, int]:
-    end = at
-    while True:
-        end = key.index(b"\x00", end)
-        if key[end + 1 : end + 2] != b"\xff":
-            return key[at:end].replace(b"\x00\xff", b"\x00").decode(), end + 1
-        end += 2
+    end = key.index(b"\x00", at)
+    return key[at:end].replace(b"\x01\x01", b"\x00").replace(b"\x01\x02", b"\x01").decode(), end + 1
 
 
 def answer(command_id: str) -> bytes:
@@ -158,4 +153,4 @@ def is_durable(key: bytes) -> bool:
     return key[:1] not in _SESSION_CLASS and _LIVE_KEY.fullmatch(key) is None
 
 
-_LIVE_KEY = re.compile(rb"t(?:[^\x00]|\x00\xff)*\x00(?:[^\x00]|\x00\xff)*\x00l", re.DOTALL)
+_LIVE_KEY = re.compile(rb"t[^\x00]*\x00[^\x00]*\x00l")

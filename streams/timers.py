@@ -127,6 +127,7 @@ def _retire(s: State, m: Moment, task_id: str) -> Outputs:
     answers = sum(1 for _ in islice(s.suffixes(scope, prefix=tables.ANSWERS), limits.STEPS_CHUNK))
     if answers:
         yield events.AnswersForgotten(**of_task(s, m, task_id), count=answers)
+    if answers == limits.STEPS_CHUNK:
         return
     yield events.TaskRetired(**of_task(s, m, task_id))
 

@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from perdure.schemas import ids
 from perdure.streams import tables
 
-TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
-NAMES = st.text("abc~\x00\xff/", max_size=6)
+NAMES = st.text("abc~\x00\x01\x02\xff/", max_size=6)
+TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=12) | NAMES
 QUEUES = st.text("ab~.-", min_size=1, max_size=4)
 NUMBERS = st.integers(0, 2**62)
 
