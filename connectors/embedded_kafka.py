@@ -14,6 +14,7 @@ import json
 import logging
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -41,6 +42,7 @@ _AOT_CACHE_MAJOR = 25  # from here on Java's own AOT cache does more than a clas
 _PORT_ATTEMPTS = 3
 _POLL_S = 0.02
 _KILL_S = 10.0
+_FULL_BYTES = 1_000_000
 _TROUBLE = re.compile("ERROR|FATAL|Exception|Error")
 _T = TypeVar("_T")
 _SILENT = logging.getLogger("perdure.kafka.probe")
@@ -126,8 +128,9 @@ class EmbeddedKafka:
         """Start the broker, wait until it serves this cluster, and return its bootstrap address.
 
         Blocks for seconds; fetches Kafka's jars first if they are not here yet, outside `timeout_s`. Raises
-        ConfigurationError (no Java, a bad jar, port taken, folder in use or foreign), Unreachable (jars cannot be
-        fetched, not ready in time) or InfrastructureError (the broker ended); nothing is left running then.
+        ConfigurationError (no Java, a bad jar, port taken, disk full, folder in use, foreign or not writable),
+        Unreachable (jars cannot be fetched, not ready in time) or InfrastructureError (the broker ended); nothing is
+        left running then.
         """
         java, jars = find_java(), kafka_jars(say=self._log)
         deadline = time.monotonic() + timeout_s
@@ -162,13 +165,13 @@ class EmbeddedKafka:
 
     def _launch(self, java: Java, jars: KafkaJars) -> None:
         """Start the keeper and, through it, the JVM; the folder's lock goes over to them."""
-        with self._data.locked() as lock_fd:
+        with self._data.file_trouble_told(), self._data.locked() as lock_fd:
             self._identity = self._data.claim(jars.version, self._port)
             self._data.write_properties(self._identity, self._properties)
             self._data.fresh_logs()
             archive = _class_archive(java, jars)
             if not self._data.is_formatted():
-                self._format(java, jars, archive)
+                self._format(java, jars, archive, lock_fd)
             owner = 0 if self._detached else self._owner or os.getpid()
             new_archive = self._data.folder / "class-archive.new"
             learns = archive is not None and not archive.exists()
@@ -191,13 +194,18 @@ class EmbeddedKafka:
         except (ValueError, psutil.NoSuchProcess) as error:
             raise self._failure("ended at once") from error
 
-    def _format(self, java: Java, jars: KafkaJars, archive: Path | None) -> None:
-        """Write the cluster id into the folder (Kafka's storage tool, about a second)."""
+    def _format(self, java: Java, jars: KafkaJars, archive: Path | None, lock_fd: int) -> None:
+        """Write the cluster id into the folder (Kafka's storage tool, about a second).
+
+        The tool holds the lock too: if we are killed meanwhile, nobody starts a broker on what it is still writing.
+        """
         identity = self._started(self._identity)
         tool = ("kafka.tools.StorageTool", "format", "--ignore-formatted", f"--cluster-id={identity.cluster_id}")
         command = [*self._java(java, jars, archive, None), *tool, "--config", self._data.properties_file]
         with self._data.jvm_log.open("ab") as output:
-            done = subprocess.run([str(part) for part in command], stdout=output, stderr=output, check=False)
+            done = subprocess.run(
+                [str(part) for part in command], stdout=output, stderr=output, pass_fds=(lock_fd,), check=False
+            )
         if done.returncode:
             raise self._failure("could not be formatted")
 
@@ -223,10 +231,12 @@ class EmbeddedKafka:
                 raise Unreachable(f"Kafka was not ready in {timeout_s:g} s: see {self._data.broker_log}")
 
     def _failure(self, what: str) -> InfrastructureError:
-        """Say why the broker ended, with the last error in its own words since this start."""
+        """Say why the broker ended, if need be with the last error in its own words since this start."""
         words = self._data.words()
         if any("Address already in use" in line for line in words):
             return _PortTaken(f"port {self.bootstrap.rpartition(':')[2]} is taken: ask for another port")
+        if shutil.disk_usage(self._data.folder).free < _FULL_BYTES:  # then the logs may have no word of it
+            return ConfigurationError(f"Kafka {what}: the disk of {self._data.folder} is full: make room there")
         last = next((line.strip() for line in reversed(words) if _TROUBLE.search(line)), "no error was logged")
         return InfrastructureError(f"Kafka {what}: {last} (logs: {self._data.logs})")
 
@@ -235,13 +245,14 @@ def running(data_dir: Path, timeout_s: float = 3) -> RunningKafka | None:
     """Return the broker that runs on this folder and answers with its cluster id, else None.
 
     Blocks up to `timeout_s` when a broker is there but does not answer, as in its first second.
-    Raises ConfigurationError when the folder holds data that are not ours.
+    Raises ConfigurationError when the folder holds data that are not ours or cannot be read.
     """
     data = KafkaData(Path(data_dir))
-    holder = data.holder()
-    if not holder or not data.is_locked():
-        return None
-    identity = data.identity()
+    with data.file_trouble_told():
+        holder = data.holder()
+        if not holder or not data.is_locked():
+            return None
+        identity = data.identity()
     if identity is None:
         return None
     bootstrap = f"{HOST}:{identity.port}"
@@ -254,16 +265,17 @@ def stop_running(data_dir: Path, timeout_s: float = 30) -> bool:
     """Stop the broker that runs on this folder, whoever started it; False when there is none.
 
     Blocks until its processes are gone: a clean stop, then, after `timeout_s`, a kill. Raises InfrastructureError when
-    even that does not end them.
+    even that does not end them, ConfigurationError when the folder cannot be read.
     """
     data = KafkaData(Path(data_dir))
-    while data.is_locked():
-        holder = data.holder()
-        if holder:
-            with suppress(psutil.NoSuchProcess):
-                _end(psutil.Process(holder["keeper"]), psutil.Process(holder["pid"]), timeout_s)
-            return True
-        time.sleep(_POLL_S)  # somebody is preparing a broker: a second or two
+    with data.file_trouble_told():
+        while data.is_locked():
+            holder = data.holder()
+            if holder:
+                with suppress(psutil.NoSuchProcess):
+                    _end(psutil.Process(holder["keeper"]), psutil.Process(holder["pid"]), timeout_s)
+                return True
+            time.sleep(_POLL_S)  # somebody is preparing a broker: a second or two
     return False
 
 

@@ -18,7 +18,7 @@ import socket
 import time
 import uuid
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -29,7 +29,7 @@ HOST = "127.0.0.1"
 # given the broker's port nor, connecting to it from that same port, talk to itself. Kafka's usual ports are left alone.
 _PORTS = range(20_000, 32_000)
 _PROBE_S = 1.0
-_STOPPING_S = 40.0
+_CHANGING_S = 40.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +40,18 @@ class Identity:
     cluster_id: str
     port: int = 0
     controller_port: int = 0
+
+
+@contextmanager
+def file_trouble_told(folder: Path, remedy: str) -> Iterator[None]:
+    """Turn what the system refuses to do with files (no permission, no space, a file in the way) into one line.
+
+    Raises ConfigurationError, which names the file, or else the folder, and what to do.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise ConfigurationError(f"{error.filename or folder}: {error.strerror or error}: {remedy}") from error
 
 
 class KafkaData:
@@ -55,12 +67,16 @@ class KafkaData:
         self._identity_file = self.folder / "broker.json"
         self._kafka_logs = self.folder / "data"
 
+    def file_trouble_told(self) -> AbstractContextManager[None]:
+        """Around work on the folder: what the system refuses is a ConfigurationError that names the file."""
+        return file_trouble_told(self.folder, "make room there, or use a data folder that you may write to")
+
     @contextmanager
     def locked(self) -> Iterator[int]:
         """Hold the folder for a new broker; yields the locked descriptor, which a child may inherit and so keep.
 
-        Waits for a broker that is stopping, at most 40 s; raises ConfigurationError, naming the process, for one that
-        is not.
+        Waits for a broker that is stopping or being prepared, at most 40 s; raises ConfigurationError, naming the
+        process, for one that runs.
         """
         self.logs.mkdir(parents=True, exist_ok=True)
         fd = os.open(self._lock_file, os.O_RDWR | os.O_CREAT, 0o644)
@@ -68,7 +84,8 @@ class KafkaData:
             began = time.monotonic()
             while not _try_lock(fd, fcntl.LOCK_EX):
                 holder = self.holder()
-                if time.monotonic() - began > (_STOPPING_S if holder.get("stopping") else _PROBE_S):
+                runs = holder and not holder.get("stopping")
+                if time.monotonic() - began > (_PROBE_S if runs else _CHANGING_S):
                     who = f"pid {holder['pid']}" if holder else "just being started"
                     raise ConfigurationError(
                         f"a broker already runs on {self.folder} ({who}): stop it with "

@@ -23,6 +23,7 @@ from pathlib import Path
 
 from platformdirs import user_cache_dir
 
+from perdure.connectors.kafka_data import file_trouble_told
 from perdure.schemas.errors import ConfigurationError, Unreachable
 
 LOCK_FILE = Path(__file__).with_name("kafka_jars.lock.json")
@@ -30,10 +31,8 @@ _FETCHERS = 8
 _REQUEST_S = 15
 _ATTEMPTS = 3
 _BETWEEN_ATTEMPTS_S = 0.3
-_REMEDY = (
-    "allow access to Maven Central, or set PERDURE_KAFKA_HOME to an unpacked Kafka, "
-    "or PERDURE_KAFKA_LIBS to a folder with its jars"
-)
+_OWN_KAFKA = "set PERDURE_KAFKA_HOME to an unpacked Kafka, or PERDURE_KAFKA_LIBS to a folder with its jars"
+_REMEDY = f"allow access to Maven Central, or {_OWN_KAFKA}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,14 +73,16 @@ def kafka_jars(environ: Mapping[str, str] | None = None, *, say: Callable[[str],
     """Return the jars to run Kafka with, fetching the pinned set if it is not in the cache (about 45 MB, seconds).
 
     Blocks while another process fetches. Raises Unreachable when a jar cannot be fetched and ConfigurationError when a
-    jar is not the pinned one or a folder named in the environment holds no Kafka.
+    jar is not the pinned one, the cache cannot be written, or a folder named in the environment holds no Kafka.
     """
     environ = os.environ if environ is None else environ
     if home := environ.get("PERDURE_KAFKA_HOME"):
         return _jars_of(Path(home, "libs"), "PERDURE_KAFKA_HOME")
     if libs := environ.get("PERDURE_KAFKA_LIBS"):
         return _jars_of(Path(libs), "PERDURE_KAFKA_LIBS")
-    return pinned_jars(LOCK_FILE, cache_folder(), say=say)
+    cache = cache_folder()
+    with file_trouble_told(cache, f"make it a folder that you may write to, with 100 MB free, or {_OWN_KAFKA}"):
+        return pinned_jars(LOCK_FILE, cache, say=say)
 
 
 def pinned_jars(
@@ -111,11 +112,17 @@ def _jars_of(folder: Path, setting: str) -> KafkaJars:
 
 
 def _is_whole(folder: Path, jars: Sequence[Jar]) -> bool:
-    """Sizes only: the hashes were checked before the folder got its name."""
+    """Whether every jar is there and still the pinned one. Reading 45 MB takes a tenth of a second; a damaged jar would
+    let the broker die later, with an error that says nothing of it.
+    """
     try:
-        return all((folder / jar.name).stat().st_size == jar.size for jar in jars)
+        return all(_sha256(folder / jar.name) == jar.sha256 for jar in jars)
     except FileNotFoundError:
         return False
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 @contextmanager
@@ -154,7 +161,7 @@ def _fetch_checked(jar: Jar, fetch: Fetch, work: Path, ready: Path) -> None:
     source = fetch(jar, work)
     target = ready / jar.name
     shutil.copyfile(source, target)
-    digest = hashlib.sha256(target.read_bytes()).hexdigest()
+    digest = _sha256(target)
     if digest != jar.sha256:
         raise ConfigurationError(
             f"{jar.name} has SHA-256 {digest[:16]}…, pinned is {jar.sha256[:16]}…: nothing was used. "

@@ -47,12 +47,13 @@ class Session:
     def handle(self, client: Client, text: str, *, past: bool = False) -> Handle:
         """The task that a person means by an id, a local id or a unique beginning of either.
 
-        past: a whole id will do for a task that the engine has forgotten: the log may still tell of it.
+        past: a whole id will do for a task that the engine has forgotten, or cannot be asked about: the log may tell.
         """
+        whole = past and client.catalog.is_whole(text)
         try:
             return client.get(client.resolve(text))
-        except errors.NotFound:
-            if past and client.catalog.is_whole(text):
+        except (errors.NotFound, errors.Unreachable):
+            if whole:
                 return client.get(text)
             raise
 
@@ -100,6 +101,8 @@ def report(error: Exception, *, json: bool) -> int:
         else:
             _tell("usage", error.format_message(), _field_of(error))
         return error.exit_code
+    if isinstance(error, OSError) and error.filename is not None:
+        error = errors.ConfigurationError(f"{error.filename}: {error.strerror}")
     if not isinstance(error, errors.PerdureError):
         raise error
     field = getattr(error, "field", None)

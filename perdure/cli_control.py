@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
 import click
 
 from perdure.cli_common import Session, read_json, session
+from perdure.schemas.errors import NotFound
+
+if TYPE_CHECKING:
+    from perdure.handle import Handle
 
 
 @click.command()
@@ -16,9 +23,7 @@ def pause(session: Session, task_id: str) -> None:
     \b
     perdure pause 0192f3aa
     """
-    with session.client() as client:
-        handle = session.handle(client, task_id)
-        tell(session, handle.id, "pause", handle.pause())
+    control(session, task_id, "pause", lambda handle: handle.pause())
 
 
 @click.command()
@@ -30,9 +35,7 @@ def resume(session: Session, task_id: str) -> None:
     \b
     perdure resume 0192f3aa
     """
-    with session.client() as client:
-        handle = session.handle(client, task_id)
-        tell(session, handle.id, "resume", handle.resume())
+    control(session, task_id, "resume", lambda handle: handle.resume())
 
 
 @click.command()
@@ -47,9 +50,7 @@ def cancel(session: Session, task_id: str, reason: str) -> None:
     \b
     perdure cancel 0192f3aa --reason "wrong file"
     """
-    with session.client() as client:
-        handle = session.handle(client, task_id)
-        tell(session, handle.id, "cancel", handle.cancel(reason))
+    control(session, task_id, "cancel", lambda handle: handle.cancel(reason))
 
 
 @click.command()
@@ -69,16 +70,26 @@ def retry(session: Session, task_id: str, input_text: str | None) -> None:
 
 def redrive(session: Session, task_id: str, input_text: str | None) -> None:
     """Retry a task, with new input if there is one."""
-    value = None if input_text is None else read_json(input_text, "input")
+    if input_text is None:
+        control(session, task_id, "retry", lambda handle: handle.retry())
+    else:
+        value = read_json(input_text, "input")
+        control(session, task_id, "retry", lambda handle: handle.retry(value))
+
+
+def control(session: Session, text: str, verb: str, act: Callable[[Handle], bool]) -> None:
+    """Carry out a verb and answer with its verdict. A whole id is not looked up: an engine that is away decides later.
+
+    Raises `CommandRefused`, `NotFound`, `AmbiguousId` or `Unreachable`.
+    """
     with session.client() as client:
-        handle = session.handle(client, task_id)
-        decided = handle.retry() if input_text is None else handle.retry(value)
-        tell(session, handle.id, "retry", decided)
-
-
-def tell(session: Session, task_id: str, verb: str, decided: bool) -> None:
-    """Answer a command that was not refused."""
-    text = "accepted" if decided else "accepted, not yet decided: the engine has not answered"
+        handle = client.get(text)
+        try:
+            decided = act(handle)
+        except NotFound:
+            handle = client.get(client.resolve(text))  # it was the beginning of an id, with its routing key
+            decided = act(handle)
+    told = "accepted" if decided else "accepted, not yet decided: the engine has not answered"
     session.answer(
-        {"task_id": task_id, "command": verb, "accepted": True, "decided": decided}, f"{verb} {task_id}: {text}"
+        {"task_id": handle.id, "command": verb, "accepted": True, "decided": decided}, f"{verb} {handle.id}: {told}"
     )

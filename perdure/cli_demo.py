@@ -23,7 +23,8 @@ def demo(path: Path | None, data_dir: Path | None, json: bool) -> int:
 
     Starts Kafka, engine, worker and server in a place of its own, reviews every Python file under PATH, one recorded
     step each, kills the task's process, then the worker, then the engine in the middle of their work, and proves from
-    the log that nothing was lost and nothing done twice. Exits 1 and says what failed if the proof does not hold.
+    the log that nothing was lost and nothing done twice. Exits 1 and says what failed if the proof does not hold. A
+    small code base is reviewed at a walk, so that there is time for the kills.
 
     \b
     perdure demo
@@ -36,25 +37,26 @@ def demo(path: Path | None, data_dir: Path | None, json: bool) -> int:
 
 
 def _run(path: Path | None, data_dir: Path, *, json: bool) -> int:
-    from rich.console import Console
-
     from perdure.cli_dev import launch, place
-    from perdure.demo import Demo, default_path, show_result
+    from perdure.demo import Demo, default_path, open_console, python_files, show_result
     from perdure.dev import stop_running
 
-    console = Console(stderr=json)
+    code = (path or default_path()).resolve()
+    files = python_files(code)
+    console = open_console(stderr=json)
+    talk("starting Kafka, engine, worker and server")
     began = time.monotonic()
     folder, namespace = place(data_dir)
     stack = launch(folder, ("perdure.demo_tasks",), slots=1, port=None)
     try:
-        talk(f"Kafka, engine, worker and server are up after {time.monotonic() - began:.1f} s")
-        result, proof = Demo(stack, namespace, (path or default_path()).resolve(), console).run()
+        talk(f"all are up after {time.monotonic() - began:.1f} s")
+        result, proof = Demo(stack, namespace, code, files, console).run()
     finally:
         stop_running(folder)
     show_result(console, result)
-    console.print(proof.line(), highlight=False, style="bold green" if proof.holds else "bold red")
+    console.print(proof.line(), style="bold green" if proof.holds else "bold red", soft_wrap=True)
     for fault in proof.faults:
-        console.print(f"failed: {fault}", highlight=False)
+        console.print(f"failed: {fault}", soft_wrap=True)
     if json:
         click.echo(dumps({"proof": proof.__dict__ | {"holds": proof.holds}, "result": result}))
     sys.stdout.flush()

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from perdure.settings import DevStack
 
 _POLL_S = 0.05
+_OURS = ("ready: ", "error: ")
+"""What a stack in the background says and `launch` does not pass on: its caller says it."""
 _FOLDER = click.Path(file_okay=False, path_type=Path)
 _data_dir = click.option("--data-dir", type=_FOLDER, help="Where everything is kept; default: the nearest .perdure.")
 _json = click.option("--json", is_flag=True, help="One JSON line on stdout when ready.")
@@ -96,7 +98,7 @@ def place(data_dir: Path | None) -> tuple[Path, str]:
 
 
 def launch(folder: Path, modules: tuple[str, ...], slots: int | None, port: int | None) -> DevStack:
-    """Start `perdure dev` in a session of its own and wait until it is ready."""
+    """Start `perdure dev` in a session of its own, pass on what it says, and return when it is ready."""
     from perdure.settings import find_dev_stack
 
     command = [sys.executable, "-m", "perdure.cli", "dev", "--data-dir", str(folder)]
@@ -105,13 +107,22 @@ def launch(folder: Path, modules: tuple[str, ...], slots: int | None, port: int 
     command += [] if port is None else ["--port", str(port)]
     log = folder / "logs" / "dev.log"
     log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("wb") as output:
+    with log.open("ab") as output:
+        begin = output.tell()
         process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
         )
+    told = 0
     try:
-        while process.poll() is None:
+        ended = False
+        while not ended:
+            ended = process.poll() is not None
             stack = find_dev_stack(folder)
+            lines = _said(log, begin)
+            for line in lines[told:]:
+                if not line.startswith(_OURS):
+                    talk(line)
+            told = len(lines)
             if stack is not None and stack.pid == process.pid:
                 return stack
             time.sleep(_POLL_S)
@@ -119,5 +130,11 @@ def launch(folder: Path, modules: tuple[str, ...], slots: int | None, port: int 
         process.terminate()
         process.wait()
         raise
-    words = log.read_text(errors="replace").strip().splitlines()
-    raise InfrastructureError(f"the dev stack did not start: {words[-1] if words else 'it said nothing'} (see {log})")
+    words = (_said(log, begin) or ["it said nothing"])[-1].removeprefix("error: ")
+    raise InfrastructureError(f"the dev stack did not start: {words} (see {log})")
+
+
+def _said(log: Path, begin: int) -> list[str]:
+    """The whole lines of a log behind its first `begin` bytes."""
+    lines = log.read_bytes()[begin:].decode(errors="replace").splitlines(keepends=True)
+    return [line.rstrip() for line in lines if line.endswith("\n")]

@@ -5,7 +5,8 @@ from __future__ import annotations
 import click
 
 from perdure.cli_common import Session, session
-from perdure.cli_control import redrive, tell
+from perdure.cli_control import control, redrive
+from perdure.schemas.errors import NotFound
 
 
 @click.group()
@@ -44,13 +45,21 @@ def show(session: Session, task_id: str) -> None:
     """Show a dead letter with its error and input. Needs the server.
 
     \b
-    perdure dlq show etl/0192f3aa-7c1e-7d2a-9f54-0b6c1d2e3f40
+    perdure dlq show 0192f3aa
     """
     from perdure.api_client import ApiClient
-    from perdure.cli_text import pairs
+    from perdure.cli_text import letter_text
 
-    letter = ApiClient(session.settings()).get("dead-letters", {}, task_id)
-    session.answer(letter, pairs(letter))
+    settings = session.settings()
+    api = ApiClient(settings)
+    try:
+        letter = api.get("dead-letters", {}, task_id)
+    except NotFound:
+        if settings.bootstrap is None:
+            raise
+        with session.client() as client:  # the server knows whole ids only
+            letter = api.get("dead-letters", {}, session.handle(client, task_id).id)
+    session.answer(letter, letter_text(letter))
 
 
 @dlq.command()
@@ -76,6 +85,4 @@ def discard(session: Session, task_id: str, reason: str) -> None:
     \b
     perdure dlq discard 0192f3aa --reason "input was wrong"
     """
-    with session.client() as client:
-        handle = session.handle(client, task_id)
-        tell(session, handle.id, "discard", handle.discard(reason))
+    control(session, task_id, "discard", lambda handle: handle.discard(reason))

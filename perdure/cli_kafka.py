@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json as json_module
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,9 +9,8 @@ from typing import Any
 
 import click
 
-from perdure.schemas.errors import PerdureError, Unreachable
-
-REFUSED, UNREACHABLE = 1, 4
+from perdure.cli_common import REFUSED, dumps, report, talk
+from perdure.schemas.errors import PerdureError
 
 
 def _options(command: Callable[..., None]) -> Callable[..., None]:
@@ -26,20 +24,30 @@ def _options(command: Callable[..., None]) -> Callable[..., None]:
 
 @click.group()
 def kafka() -> None:
-    """The embedded Kafka broker, for development."""
+    """The embedded Kafka broker, for development.
+
+    \b
+    perdure kafka start
+    """
 
 
 @kafka.command()
 @click.option("--port", type=click.IntRange(1, 65535), help="Default: the port it had before, else a free one.")
 @_options
 def start(port: int | None, data_dir: Path, json: bool) -> None:
-    """Start a broker that stays, wait until it is ready, print its address."""
+    """Start a broker and print its address.
+
+    Returns when it is ready; it stays until `perdure kafka stop`.
+
+    \b
+    perdure kafka start --data-dir broker
+    """
     from perdure.connectors.embedded_kafka import EmbeddedKafka
 
-    broker = EmbeddedKafka(data_dir, port=port, detached=True, log=_talk)
+    broker = EmbeddedKafka(data_dir, port=port, detached=True, log=talk)
     with _refusals(json):
         bootstrap = broker.start()
-    _talk(f"Kafka is ready; `perdure kafka stop --data-dir {broker.data_dir}` stops it and keeps its data")
+    talk(f"Kafka is ready; `perdure kafka stop --data-dir {broker.data_dir}` stops it and keeps its data")
     facts = {"bootstrap": bootstrap, "pid": broker.pid, "cluster_id": broker.cluster_id}
     _print({**facts, "data_dir": str(broker.data_dir)}, bootstrap, json)
 
@@ -47,7 +55,11 @@ def start(port: int | None, data_dir: Path, json: bool) -> None:
 @kafka.command()
 @_options
 def stop(data_dir: Path, json: bool) -> None:
-    """Stop the broker on a data folder; done also when none runs."""
+    """Stop the broker on a data folder; done also when none runs.
+
+    \b
+    perdure kafka stop
+    """
     from perdure.connectors.embedded_kafka import stop_running
 
     with _refusals(json):
@@ -58,7 +70,11 @@ def stop(data_dir: Path, json: bool) -> None:
 @kafka.command()
 @_options
 def status(data_dir: Path, json: bool) -> None:
-    """Say whether a broker runs and answers: exit 0 if so, else 1."""
+    """Say whether a broker runs and answers: exit 0 if so, else 1.
+
+    \b
+    perdure kafka status
+    """
     from perdure.connectors.embedded_kafka import running
 
     with _refusals(json):
@@ -73,19 +89,12 @@ def status(data_dir: Path, json: bool) -> None:
 
 @contextmanager
 def _refusals(json: bool) -> Iterator[None]:
-    """Turn our errors into a line on stderr, an `error` object with `--json`, and the exit status."""
+    """End on our errors as every command does, also where this group is run by itself."""
     try:
         yield
     except PerdureError as error:
-        if json:
-            click.echo(json_module.dumps({"error": {"code": error.code, "message": str(error)}}))
-        _talk(f"error: {error}")
-        raise SystemExit(UNREACHABLE if isinstance(error, Unreachable) else REFUSED) from error
+        raise SystemExit(report(error, json=json)) from error
 
 
 def _print(facts: dict[str, Any], line: str, json: bool) -> None:
-    click.echo(json_module.dumps(facts) if json else line)
-
-
-def _talk(line: str) -> None:
-    click.echo(line, err=True)
+    click.echo(dumps(facts) if json else line)

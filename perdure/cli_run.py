@@ -83,6 +83,10 @@ def worker(
     perdure worker -m myapp.tasks --queue etl --slots 8
     """
     settings = _begin(session, flags)
+    from perdure.schemas.ids import check_queue
+
+    for queue in queues:
+        check_queue(queue)
     from perdure.engine_main import state_directory
     from perdure.schemas.durations import to_ms
     from perdure.streams.kafka_log import KafkaLog
@@ -162,7 +166,9 @@ def new(session: Session, file: Path | None) -> None:
 @_FILE
 @session
 def rotate(session: Session, file: Path | None) -> None:
-    """Add newer keys to a key file; the older ones still verify what they signed.
+    """Add newer keys to a key file.
+
+    The older ones still verify what they signed.
 
     \b
     perdure keys rotate keys.json

@@ -18,7 +18,7 @@ from perdure.schemas.errors import InvalidRequest
 @click.option("--queue", help="Queue; default: the type's.")
 @click.option("--priority", type=int, help="0 to 9, higher first; default 5.")
 @click.option("--delay", metavar="DURATION", help="Start no sooner than so much later: 90s, 6h.")
-@click.option("--at", metavar="TIME", help="Start no sooner than this: 2026-11-21T08:00:00Z.")
+@click.option("--at", metavar="TIME", help="Start no sooner than 2026-11-21T08:00:00Z, or seconds since 1970.")
 @click.option("--timeout", metavar="DURATION", help="Running time of one attempt.")
 @click.option("--queue-timeout", metavar="DURATION", help="Time in the queue while it could have run.")
 @click.option("--total-timeout", metavar="DURATION", help="Time from submit to end.")
@@ -53,11 +53,20 @@ def submit(
         options["retry"] = read_json(retry_text, "retry")
     if config_text is not None:
         options["agent_config"] = read_json(config_text, "agent-config")
+    if options["at"] is not None:
+        options["at"] = _moment(options["at"])
     if labels:
         options["labels"] = dict(_pair(label) for label in labels)
     with session.client() as client:
         handle = client.submit(type, value, **options)
     session.answer({"task_id": handle.id, "type": type}, handle.id)
+
+
+def _moment(text: str) -> str | float:
+    try:
+        return float(text)
+    except ValueError:
+        return text
 
 
 def _pair(label: str) -> tuple[str, str]:

@@ -35,10 +35,12 @@ def why(session: Session, task_id: str) -> None:
     \b
     perdure why 0192f3aa
     """
+    from perdure.cli_text import why_text
+
     with session.client() as client:
         found = session.handle(client, task_id).status()
     answer = {"task_id": found.task_id, "state": found.state, "reason": found.reason, "why": found.why}
-    session.answer(answer, f"{found.state}: {found.why}")
+    session.answer(answer, why_text(found))
 
 
 @click.command()
@@ -53,11 +55,13 @@ def wait(session: Session, task_id: str, timeout: str | None) -> int:
     \b
     perdure wait 0192f3aa --timeout 10m && echo done
     """
+    from perdure.cli_text import outcome_text
+
     with session.client() as client:
         found = session.handle(client, task_id).wait(timeout)
-    outcome = found.outcome()
-    session.answer(found.raw, str(outcome) if outcome else f"COMPLETED: {dumps(found.raw.get('result'))}")
-    return REFUSED if outcome else 0
+    done = found.state == "COMPLETED"
+    session.answer(found.raw, outcome_text(found) + (f": {dumps(found.raw.get('result'))}" if done else ""))
+    return 0 if done else REFUSED
 
 
 @click.command()

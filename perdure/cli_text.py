@@ -44,6 +44,23 @@ def status_text(s: Status) -> str:
     return aligned({name: str(value) for name, value in lines.items() if value not in (None, "")})
 
 
+def why_text(s: Status) -> str:
+    """A task's state and, in one sentence, why."""
+    return clean(s.why if s.why.startswith(s.state) else f"{s.state}: {s.why}")
+
+
+def outcome_text(s: Status) -> str:
+    """How a task ended."""
+    outcome = s.outcome()
+    return clean(str(outcome)) if outcome else s.state
+
+
+def letter_text(letter: Mapping[str, Any]) -> str:
+    """A dead letter, with the traceback last."""
+    lines = str((letter.get("error") or {}).get("traceback") or "").splitlines()
+    return "\n".join([pairs(letter), *map(clean, lines)])
+
+
 def progress_text(s: Status) -> str | None:
     """Percent, units and the rest of the time, as far as they are known."""
     parts = []
@@ -52,8 +69,13 @@ def progress_text(s: Status) -> str | None:
     if s.units_done is not None:
         parts.append(f"{s.units_done:,}" + (f" of {s.units_total:,}" if s.units_total is not None else ""))
     if s.eta_seconds is not None and not s.ended:
-        parts.append(f"{to_text(round(s.eta_seconds * 1000))} to go")
+        parts.append(eta_text(s.eta_seconds))
     return ", ".join(parts) or None
+
+
+def eta_text(seconds: float) -> str:
+    """The rest of the time, in whole seconds: it is an estimate."""
+    return f"{to_text(1000 * max(1, round(seconds)))} to go"
 
 
 def event_json(event: Event) -> dict[str, Any]:
@@ -116,6 +138,10 @@ def _cell(name: str, value: Any, most: int = _SHOWN) -> str:
         return str(time_text(value))
     if name == "progress":
         return f"{100 * value:.1f} %"
+    if name == "states":
+        return ", ".join(f"{state} {count}" for state, count in value.items())
+    if isinstance(value, float):
+        return f"{value:.1f}"
     if name == "error":
         return shown(f"{value.get('type')}: {value.get('message')}", most)
     if isinstance(value, list):

@@ -31,14 +31,15 @@ def watch(session: Session, task_id: str) -> int:
     \b
     perdure watch 0192f3aa
     """
+    from perdure.cli_text import outcome_text
+
     live = not session.json and sys.stdout.isatty()
     with session.client() as client:
         handle = session.handle(client, task_id)
         last = _show_live(handle) if live else _print_changes(session, handle)
-    outcome = last.outcome()
     if not session.json:
-        click.echo(str(outcome) if outcome else "COMPLETED")
-    return REFUSED if outcome else 0
+        click.echo(outcome_text(last))
+    return 0 if last.state == "COMPLETED" else REFUSED
 
 
 def _statuses(handle: Handle) -> Iterator[Status]:

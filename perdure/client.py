@@ -98,7 +98,11 @@ class Client:
         reply = self.ask(DescribeTask(**self.head(), task_id=text))
         if reply.accepted:
             return reply.task_id or text
-        found = self.find(text) if len(text.encode()) >= limits.FIND_PREFIX_MIN else []
+        if len(text.encode()) < limits.FIND_PREFIX_MIN:
+            raise NotFound(
+                f"no task has the id {text!r}; the beginning of one has to have {limits.FIND_PREFIX_MIN} characters"
+            )
+        found = self.find(text)
         if not found:
             raise NotFound(f"no task has the id {text!r}, and none of an id that begins so is known to the engine")
         if len(found) > 1:

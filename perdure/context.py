@@ -8,8 +8,8 @@ from collections.abc import AsyncIterable, Callable, Iterable
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
-from perdure.schemas.errors import StepError
-from perdure.tracks import AsyncTrack, SyncTrack
+from perdure.schemas.errors import InvalidRequest, StepError
+from perdure.tracks import UNITS_MAX, AsyncTrack, SyncTrack
 
 if TYPE_CHECKING:
     from perdure.attempt import Attempt
@@ -18,10 +18,10 @@ running_step: ContextVar[str | None] = ContextVar("perdure_running_step", defaul
 """Identity of the step whose function runs in this context."""
 
 
-def _guarded(name: str) -> Callable[..., Any]:
-    plain = getattr(dict, name)
+def _guarded(kind: type, name: str) -> Callable[..., Any]:
+    plain = getattr(kind, name)
 
-    def method(self: State, *args: Any, **kwargs: Any) -> Any:
+    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
         step = running_step.get()
         if step is not None:
             raise StepError(f"ctx.state is read-only inside a step ({step}): return the value and assign it outside")
@@ -33,16 +33,60 @@ def _guarded(name: str) -> Callable[..., Any]:
 
 
 class State(dict[str, Any]):
-    """A task's own state: a dict of JSON values that refuses changes while a step runs. Raises `StepError`."""
+    """A task's own state: a dict of JSON values that refuses changes while a step runs, also to the lists and dicts in
+    it that the step gets from it. Raises `StepError`.
+    """
 
-    __setitem__ = _guarded("__setitem__")
-    __delitem__ = _guarded("__delitem__")
-    __ior__ = _guarded("__ior__")
-    setdefault = _guarded("setdefault")
-    update = _guarded("update")
-    pop = _guarded("pop")
-    popitem = _guarded("popitem")
-    clear = _guarded("clear")
+    __setitem__ = _guarded(dict, "__setitem__")
+    __delitem__ = _guarded(dict, "__delitem__")
+    __ior__ = _guarded(dict, "__ior__")
+    setdefault = _guarded(dict, "setdefault")
+    update = _guarded(dict, "update")
+    pop = _guarded(dict, "pop")
+    popitem = _guarded(dict, "popitem")
+    clear = _guarded(dict, "clear")
+
+    def __getitem__(self, key: str) -> Any:
+        value = super().__getitem__(key)
+        return value if running_step.get() is None else _read_only(value)
+
+    def get(self, key: str, default: Any = None, /) -> Any:
+        """The value of `key`, or `default`."""
+        try:
+            return self[key]
+        except KeyError:
+            return default
+
+    def __reduce__(self) -> Any:
+        return dict, (dict(self),)  # a copy is nobody's state
+
+
+class _Items(list[Any]):
+    """A list in the state, as a step sees it."""
+
+    __setitem__ = _guarded(list, "__setitem__")
+    __delitem__ = _guarded(list, "__delitem__")
+    __iadd__ = _guarded(list, "__iadd__")
+    __imul__ = _guarded(list, "__imul__")
+    append = _guarded(list, "append")
+    extend = _guarded(list, "extend")
+    insert = _guarded(list, "insert")
+    remove = _guarded(list, "remove")
+    pop = _guarded(list, "pop")
+    clear = _guarded(list, "clear")
+    sort = _guarded(list, "sort")
+    reverse = _guarded(list, "reverse")
+
+    def __reduce__(self) -> Any:
+        return list, (list(self),)
+
+
+def _read_only(value: Any) -> Any:
+    if isinstance(value, list):
+        return _Items(map(_read_only, value))
+    if isinstance(value, dict):
+        return State((name, inner) for name, inner in value.items())  # which makes read-only what is taken out of it
+    return value
 
 
 class Context:
@@ -168,8 +212,12 @@ class Context:
         total: int | None = None,
         step: str | None = None,
     ) -> None:
-        """Say where the task stands: a fraction from 0 to 1, or units, and what it is doing. Cheap."""
-        self._attempt.progress(fraction, done, total, step)
+        """Say where the task stands: a fraction from 0 to 1, or units, and what it is doing. Cheap.
+
+        Raises `InvalidRequest` naming what cannot be shown.
+        """
+        shown = None if step is None else str(step).encode("utf-8", "replace").decode()
+        self._attempt.progress(fraction, _units(done, "done"), _units(total, "total"), shown)
 
     def milestone(self, name: str) -> None:
         """Say that a named point has been passed; later attempts passing it again say nothing."""
@@ -205,6 +253,16 @@ class AsyncContext(Context):
     def checkpoint(self) -> Any:
         """See `Context.checkpoint`."""
         return self._attempt.exchange.drive_async(self._attempt.boundary(explicit=True))
+
+
+def _units(count: int | None, field: str) -> int | None:
+    try:
+        units = None if count is None else int(count)
+    except (TypeError, ValueError, OverflowError):  # no number, not a number, infinite
+        units = -1
+    if units is not None and not 0 <= units <= UNITS_MAX:
+        raise InvalidRequest(f"progress: {field} is {count!r}; give a number of units from 0 on", field=field)
+    return units
 
 
 def _time(ms: int) -> dt.datetime:

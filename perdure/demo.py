@@ -14,23 +14,26 @@ from typing import Any
 
 import psutil
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressColumn, TextColumn
 from rich.table import Table
 
+from perdure.cli_text import clean, eta_text
 from perdure.client import Client
 from perdure.demo_proof import Proof, prove
 from perdure.demo_tasks import QUEUE, find_files
 from perdure.handle import Handle
-from perdure.schemas import ids
-from perdure.schemas.errors import InfrastructureError, InvalidRequest, RetryLater, Unreachable
+from perdure.schemas import ids, values
+from perdure.schemas.errors import InfrastructureError, InvalidRequest, RetryLater, Unreachable, ValueTooLarge
 from perdure.settings import DevStack
 from perdure.status import Status
 from perdure.streams.kafka_log import KafkaLog
 
 _POLL_S = 0.1
+_WIDE = 250
 _KILL_AT = (0.15, 0.4, 0.65)
 """Shares of the work after which the task's process, the worker and the engine are killed."""
-_AIM_S = 20.0
+_WALK_S = 8.0
+"""What the whole review takes at least: with few files, each is made to last."""
 
 
 @dataclass(frozen=True)
@@ -46,8 +49,9 @@ class Kill:
 class Demo:
     """One run on a running stack."""
 
-    def __init__(self, stack: DevStack, namespace: str, path: Path, console: Console) -> None:
-        self._stack, self._path, self._console = stack, path, console
+    def __init__(self, stack: DevStack, namespace: str, path: Path, files: int, console: Console) -> None:
+        self._stack, self._path, self._files, self._console = stack, path, files, console
+        self._pace_s = _WALK_S / files
         self._log = KafkaLog(stack.bootstrap, namespace)
         run = ids.new_local_id()
         self._task_id = ids.join(QUEUE, f"review-{run}")
@@ -56,45 +60,42 @@ class Demo:
 
     def run(self) -> tuple[dict[str, Any], Proof]:
         """Submit, watch, kill, and prove. Raises what the task failed with."""
-        files = len(find_files(str(self._path)))
-        if not files:
-            raise InvalidRequest(f"there is no Python file under {self._path}", field="path")
-        self._say(f"reviewing {files:,} Python files under {self._path}")
+        self._say(f"reviewing {_counted(self._files)} of Python under {self._path}")
         with Client(self._log) as client:
-            handle = client.submit(
-                "review_code_base", {"path": str(self._path), "witness": str(self._witness)}, id=self._task_id
-            )
+            given = {"path": str(self._path), "witness": str(self._witness), "pace_s": self._pace_s}
+            handle = client.submit("review_code_base", given, id=self._task_id)
             self._say(f"submitted as {handle.id}")
-            kills = self._watch(handle, files)
+            kills = self._watch(handle)
             result: dict[str, Any] = handle.result(timeout=60)
         return result, prove(self._log, self._task_id, self._witness, kills)
 
-    def _watch(self, handle: Handle, files: int) -> int:
+    def _watch(self, handle: Handle) -> int:
         """Show progress until the task's end and kill on the way; returns how many kills hit."""
         pending = [
             Kill(_KILL_AT[0], "the task's process", self._kill_child),
             Kill(_KILL_AT[1], "the whole worker", lambda: self._kill_part("worker")),
             Kill(_KILL_AT[2], "the engine", lambda: self._kill_part("engine")),
         ]
-        kills = 0
-        with _bar(self._console) as (progress, row):
+        kills = begun_before = 0
+        with _bar(self._console, self._files) as (progress, row):
             while True:
                 status = self._ask(handle)
                 if status is not None:
-                    _show(progress, row, status, files)
+                    _show(progress, row, status)
                     if status.ended:
                         break
-                share = self._executions() / files
-                if pending and share >= pending[0].at:
+                begun = self._executions()
+                if pending and begun > begun_before and begun / self._files >= pending[0].at:
                     kill = pending.pop(0)
                     self._await_middle()
                     hit = kill.hit()
                     kills += 1
+                    begun_before = self._executions()
                     self._say(f"SIGKILL to {kill.what} ({hit}) in the middle of {self._last_execution()}")
                 time.sleep(_POLL_S)
         if pending:
             raise InfrastructureError(
-                f"the task ended before {pending[0].what} could be killed: {files} files are too few for the demo"
+                f"the task ended before {pending[0].what} could be killed, in the middle of {_counted(self._files)}"
             )
         return kills
 
@@ -114,12 +115,10 @@ class Demo:
         return lines[-1].split("\t")[2] if lines else "its first file"
 
     def _await_middle(self) -> None:
-        """Return as soon as another file's step has begun."""
+        """Return as soon as another file's step has begun, or when the present one has had half of its time."""
         size = self._witness.stat().st_size
-        deadline = time.monotonic() + _AIM_S
-        while self._witness.stat().st_size == size:
-            if time.monotonic() > deadline:
-                raise InfrastructureError(f"no file was reviewed for {_AIM_S:g} s; see {self._stack.data_dir / 'logs'}")
+        deadline = time.monotonic() + self._pace_s / 2
+        while self._witness.stat().st_size == size and time.monotonic() < deadline:
             time.sleep(0.0005)
 
     def _kill_child(self) -> str:
@@ -136,25 +135,51 @@ class Demo:
         raise InfrastructureError(f"no {name} process runs under the dev stack, pid {self._stack.pid}")
 
     def _say(self, text: str) -> None:
-        self._console.print(text, highlight=False)
+        self._console.print(text, soft_wrap=True)
+
+
+def open_console(*, stderr: bool) -> Console:
+    """Where the demo shows itself. What is no terminal is read by programs: nothing is wrapped there."""
+    console = Console(stderr=stderr, markup=False, highlight=False)
+    if not console.is_terminal:
+        console.width = _WIDE
+    return console
+
+
+def python_files(path: Path) -> int:
+    """How many files there are to review under `path`. Raises `InvalidRequest` when none, or too many to be listed."""
+    found = find_files(str(path))
+    if not found:
+        raise InvalidRequest(f"there is no Python file under {path}", field="path")
+    try:
+        values.dumps(found, field="path")
+    except ValueTooLarge as error:
+        told = f"{len(found):,} files are more than the demo takes: name one of the folders of {path}"
+        raise ValueTooLarge(told, field="path") from error
+    return len(found)
 
 
 @contextmanager
-def _bar(console: Console) -> Iterator[tuple[Progress, Any]]:
+def _bar(console: Console, files: int) -> Iterator[tuple[Progress, Any]]:
     columns = (
         TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), MofNCompleteColumn(),
-        TimeRemainingColumn(), TextColumn("{task.fields[step]}"),
+        TextColumn("{task.fields[eta]}"), TextColumn("{task.fields[step]}", markup=False),
     )  # fmt: skip
-    with Progress(*columns, console=console, transient=not console.is_terminal) as progress:
-        yield progress, progress.add_task("PENDING", total=None, step="")
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+        yield progress, progress.add_task("PENDING", total=files, eta="", step="")
 
 
-def _show(progress: Progress, row: Any, status: Status, files: int) -> None:
-    doing = status.current_step or status.why or ""
+def _show(progress: Progress, row: Any, status: Status) -> None:
+    left = status.eta_seconds
     progress.update(
-        row, description=status.state, total=status.units_total or files, completed=status.units_done or 0,
-        step=doing[-50:],
+        row, description=status.state, completed=status.units_done or 0,
+        eta="" if left is None or status.ended else eta_text(left),
+        step=clean(status.current_step or status.why)[-50:],
     )  # fmt: skip
+
+
+def _counted(files: int) -> str:
+    return "1 file" if files == 1 else f"{files:,} files"
 
 
 def default_path() -> Path:
@@ -165,7 +190,7 @@ def default_path() -> Path:
 def show_result(console: Console, result: dict[str, Any]) -> None:
     """The review, for people."""
     packages = sorted(result["packages"].items(), key=lambda p: -p[1]["lines"])
-    totals = Table("package", "files", "lines", "functions", title=f"{result['files']:,} files")
+    totals = Table("package", "files", "lines", "functions", title=_counted(result["files"]))
     for column in totals.columns[1:]:
         column.justify = "right"
     for name, t in packages[:15]:
@@ -185,4 +210,4 @@ def show_result(console: Console, result: dict[str, Any]) -> None:
             table.add_row(where, f"{n:,}")
         console.print(table)
     for name, finding in result["findings"][:10]:
-        console.print(f"finding: {name}: {finding}", highlight=False)
+        console.print(f"finding: {clean(f'{name}: {finding}')}", soft_wrap=True)

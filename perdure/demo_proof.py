@@ -78,7 +78,7 @@ def _check(
     if proof.executions > proof.files + proof.kills:
         proof.faults.append(f"{proof.executions} executions are more than {proof.files} files and {proof.kills} kills")
     ran = {name for _, _, name in executions}
-    unseen = [name for name in files if name not in ran]
+    unseen = [name for name, index in place.items() if recorded[index] and name not in ran]
     if unseen:
         proof.faults.append(f"{len(unseen)} files have a recorded step and no execution, the first: {unseen[0]}")
     late = [name for at, _, name in executions if int(at) > recorded_at.get(place.get(name, -1), int(at))]

@@ -21,10 +21,11 @@ _TOP = 10
 
 
 @task(queue=QUEUE, checkpoint_interval="2s")
-def review_code_base(ctx: Context, path: str, witness: str) -> dict[str, Any]:
+def review_code_base(ctx: Context, path: str, witness: str, pace_s: float = 0.0) -> dict[str, Any]:
     """Per-package totals, the longest functions and the most complex files of everything under `path`.
 
-    `witness`: a file that gets a line for each execution of a step; nothing of Perdure ever reads it but the proof.
+    witness: a file that gets a line for each execution of a step; nothing of Perdure ever reads it but the proof.
+    pace_s: what each file takes at least, so that there is time to kill also where there are few files.
     """
     files = ctx.step("find-files", find_files, path)
     ctx.state.setdefault("packages", {})
@@ -32,8 +33,7 @@ def review_code_base(ctx: Context, path: str, witness: str) -> dict[str, Any]:
     ctx.state.setdefault("complex", [])
     ctx.state.setdefault("findings", [])
     for name in ctx.track(files, name=TRACK):
-        ctx.progress(step=name)
-        _add(ctx.state, name, ctx.step("review", review_file, path, name, witness))
+        _add(ctx.state, name, ctx.step(f"review {name}", review_file, path, name, witness, pace_s))
     ctx.milestone("reviewed")
     return {"files": len(files), **ctx.state}
 
@@ -41,19 +41,28 @@ def review_code_base(ctx: Context, path: str, witness: str) -> dict[str, Any]:
 def find_files(path: str) -> list[str]:
     """Every Python file under `path`, relative to it, in a fixed order; third-party packages are left out."""
     root = Path(path)
-    found = (p.relative_to(root) for p in root.rglob("*.py"))
+    found = (p.relative_to(root) for p in root.rglob("*.py") if p.is_file())
     return sorted(str(p) for p in found if not {"site-packages", "__pycache__", ".git", ".venv"} & set(p.parts))
 
 
-def review_file(path: str, name: str, witness: str) -> dict[str, Any]:
-    """Lines, functions and branches of one file. A file that does not parse is a finding, not a failure."""
+def review_file(path: str, name: str, witness: str, pace_s: float) -> dict[str, Any]:
+    """What there is to say about one file."""
+    end = time.monotonic() + pace_s
     with open(witness, "a") as out:  # one write: lines of several processes never mix
         out.write(f"{time.time_ns() // 1_000_000}\t{os.getpid()}\t{name}\n")
-    source = (Path(path) / name).read_bytes()
-    lines = source.count(b"\n")
+    found = examine(Path(path) / name, name)
+    time.sleep(max(0.0, end - time.monotonic()))
+    return found
+
+
+def examine(path: Path, name: str) -> dict[str, Any]:
+    """Lines, functions and branches. A file that cannot be read or does not parse is a finding, not a failure."""
+    lines = 0
     try:
+        source = path.read_bytes()
+        lines = source.count(b"\n")
         tree = ast.parse(source, filename=name)
-    except (SyntaxError, ValueError) as error:
+    except (OSError, SyntaxError, ValueError, RecursionError, MemoryError) as error:
         return {"lines": lines, "functions": [], "branches": 0, "finding": f"{type(error).__name__}: {error}"}
     functions: list[tuple[str, int]] = [
         (f"{name}:{n.lineno} {n.name}", (n.end_lineno or n.lineno) - n.lineno + 1)

@@ -142,15 +142,19 @@ class Handle:
             raise NotFound(f"task {self.id} has no history in {topics.EVENTS.name}")
 
     def logs(self, last_n: int = 100) -> list[LogLine]:
-        """The newest lines that the task printed or logged, oldest first. Raises `Unreachable`."""
+        """The newest lines that the task printed or logged, oldest first. Raises as `log_lines` does."""
         return list(self.log_lines(last_n, follow=False))
 
     def log_lines(self, last_n: int = 100, *, follow: bool = True) -> Iterator[LogLine]:
-        """The newest lines, oldest first, and, with `follow`, those that come until the task's end. Blocks."""
+        """The newest lines, oldest first, and, with `follow`, those that come until the task's end. Blocks.
+
+        Raises `Unreachable`, and `NotFound` when there is neither a line nor such a task.
+        """
         newest: deque[LogLine] = deque(maxlen=max(0, last_n))
-        caught_up = ended = False
+        seen = caught_up = ended = False
         for record in self._tail(topics.LOGS.name):
             if record is not None:
+                seen = True
                 line = codec.decode_as(LogLine, record.value or b"")
                 if caught_up:
                     yield line
@@ -158,6 +162,8 @@ class Handle:
                     newest.append(line)
                 continue
             if not caught_up:
+                if not seen:
+                    self.status()  # raises for a task that does not exist
                 yield from newest
                 caught_up = True
             if ended or not follow:

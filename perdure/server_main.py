@@ -5,8 +5,12 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Callable, Mapping
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+from confluent_kafka import Consumer, KafkaException, TopicPartition
 
 from perdure.engine_main import state_directory
 from perdure.projections import server
@@ -16,6 +20,7 @@ from perdure.schemas import codec, ids, json_commands, limits, topics
 from perdure.schemas.codec import replace
 from perdure.schemas.errors import InfrastructureError, Unreachable
 from perdure.streams.host_slots import HostSlot, host_id
+from perdure.streams.kafka_connection import quiet
 from perdure.streams.kafka_log import KafkaLog
 from perdure.streams.log import Log
 from perdure.streams.processor import Kind
@@ -25,6 +30,8 @@ if TYPE_CHECKING:
     from perdure.settings import Settings
 
 _ACK_S = 15.0
+_ANSWER_S = 3.0
+MEASURE_EVERY_S = 5.0
 
 
 def main(
@@ -32,6 +39,7 @@ def main(
 ) -> int:
     """Serve until SIGTERM or SIGINT; returns the exit code. Blocks. `ready` gets the address once it answers.
 
+    The API answers to addresses, to `host`, and to the name in the address that clients are given (`settings.api`).
     Raises `ConfigurationError` or `Unreachable`.
     """
     log = KafkaLog(settings.require_bootstrap(), settings.namespace, options=settings.kafka)
@@ -39,46 +47,78 @@ def main(
     slot = HostSlot(state, "server")
     instance = f"{host_id(state)}-{slot.number}"
     commands = Commands(log)
+    projections = [Projection(log, kind, state / "partition", instance) for kind in (PROGRESS, DEAD_LETTERS)]
+    name = urlsplit(settings.api or "").hostname
     try:
         return server.main(
             log, host=host, port=port, token=settings.api_token, db_path=state / f"views-{slot.number}.sqlite",
-            commands=commands, ready=ready,
-            background=[_running(log, kind, state / "partition", instance) for kind in (PROGRESS, DEAD_LETTERS)],
+            commands=commands, ready=ready, background={p.name: p.run for p in projections},
+            lags=lambda: {p.name: p.lag for p in projections}, names=[name] if name else [],
         )  # fmt: skip
     finally:
         commands.close()
         slot.release()
 
 
-def _running(log: Log, kind: Kind, directory: Path, instance: str) -> server.Work:
-    """A projection, run until the server stops."""
+class Projection:
+    """A projection in this process, which shares its partitions with the other servers of the namespace."""
 
-    def work(stop: threading.Event) -> None:
-        runner = Runner(log, kind, directory, instance=instance)
-        threading.Thread(target=_stop_with, args=(stop, runner), daemon=True).start()
+    def __init__(self, log: KafkaLog, kind: Kind, directory: Path, instance: str | None = None) -> None:
+        self.name = kind.name
+        self.lag: Mapping[str, int] = {}
+        """Topic -> records that the projection, on all servers together, has still to fold; as last measured."""
+        self._log, self._kind, self._directory, self._instance = log, kind, directory, instance
+
+    def run(self, stop: threading.Event) -> None:
+        """Fold until `stop` is set. Raises what makes the runner fail."""
+        runner = Runner(self._log, self._kind, self._directory, instance=self._instance)
+        threading.Thread(target=self._watch, args=(stop, runner), name=f"{self.name}-lag", daemon=True).start()
         runner.run()
 
-    work.__name__ = kind.name
-    return work
+    def _watch(self, stop: threading.Event, runner: Runner) -> None:
+        """Measure now and then; end the runner when `stop` is set."""
+        # A consumer that never joins its group. An admin client asks for a group's offsets too, but where the broker
+        # does not answer in time librdkafka may end the process (its issue 4605).
+        own = {"group.id": self._log.prefix + self.name, "isolation.level": "read_committed", "error_cb": quiet}
+        try:
+            with closing(Consumer(self._log.config(own))) as consumer:
+                while not stop.wait(MEASURE_EVERY_S):
+                    with suppress(
+                        KafkaException
+                    ):  # the views' writer asks the same broker, and health tells how it went
+                        self.lag = self._measured(consumer)
+        finally:
+            runner.stop()
 
-
-def _stop_with(stop: threading.Event, runner: Runner) -> None:
-    stop.wait()
-    runner.stop()
+    def _measured(self, consumer: Consumer) -> dict[str, int]:
+        lag = {}
+        for topic in self._kind.inputs:
+            wheres = [TopicPartition(self._log.prefix + topic, p) for p in range(self._log.partitions)]
+            lag[topic] = 0
+            for where in consumer.committed(wheres, _ANSWER_S):
+                if where.error is not None:
+                    raise KafkaException(where.error)
+                first, end = consumer.get_watermark_offsets(where, _ANSWER_S)
+                # The engine writes in transactions: last in a partition comes the marker of one, which is no record.
+                lag[topic] += max(0, end - 1 - max(first, where.offset))
+        return lag
 
 
 class Commands:
     """Carries JSON commands out: into the log, wherever it lands (the engine routes), and back with the answer."""
 
     def __init__(self, log: Log) -> None:
+        """Blocks until Kafka has answered, ≤ 10 s. Raises `Unreachable`."""
         self._id = ids.new_id("api-")
         self._log = log
         self._producer = log.producer()
         self._replies = Replies(log, self._id)
+        self._replies.expect(self._id)  # begins to read now: later, commands would wait for that one after another
 
     def __call__(self, body: dict[str, Any]) -> Mapping[str, Any]:
         """The engine's answer. Blocks up to 20 s. Raises `InvalidRequest`, `DecodeError` or `Unreachable`."""
-        command = json_commands.parse(json.dumps(body).encode())
+        # As short as it came: escapes for other letters than ASCII could make a command too large that is not.
+        command = json_commands.parse(json.dumps(body, ensure_ascii=False).encode(errors="surrogatepass"))
         command = replace(command, command_id=command.command_id or ids.new_id(), reply_to=self._id)
         expected = self._replies.expect(command.command_id)
         self._append(codec.encode(command))

@@ -245,4 +245,5 @@ def _flattened(table: Mapping[str, Any]) -> dict[str, str]:
 
 def _explain(error: Any) -> str:
     name = ".".join(map(str, error["loc"]))
-    return f"setting {name!r} ({_PREFIX}{name.upper()}): {error['msg'].lower()}"
+    told = str(error["msg"])
+    return f"setting {name!r} ({_PREFIX}{name.upper()}): {told[:1].lower()}{told[1:]}"

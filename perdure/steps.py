@@ -101,4 +101,4 @@ def hash_arguments(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
 def name_of(fn: Callable[..., Any]) -> str:
     """Dotted name of what a step calls; of its class, if it has no name."""
     named = fn if hasattr(fn, "__qualname__") else type(fn)
-    return f"{named.__module__}.{named.__qualname__}"
+    return f"{getattr(named, '__module__', None) or 'builtins'}.{named.__qualname__}"  # methods of built-in types: none

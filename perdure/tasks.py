@@ -17,7 +17,7 @@ from perdure.schemas.common import Retry as RetryRecord
 from perdure.schemas.durations import Duration, to_ms
 from perdure.schemas.errors import ConfigurationError, InvalidRequest
 from perdure.schemas.ids import check_queue
-from perdure.schemas.policies import check, check_retry, policy_to_json
+from perdure.schemas.policies import check_retry, policy_from_json, policy_to_json
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -51,13 +51,15 @@ class Retry:
             raise InvalidRequest(
                 f"retry.max_attempts is {self.max_attempts!r}; give a number", field="retry.max_attempts"
             )
+        if not isinstance(self.jitter, bool):
+            raise InvalidRequest(f"retry.jitter is {self.jitter!r}; give True or False", field="retry.jitter")
         return check_retry(
             RetryRecord(
                 max_attempts=self.max_attempts,
                 backoff=self.backoff,
                 delay=to_ms(self.delay, field="retry.delay", positive=False),
                 max_delay=to_ms(self.max_delay, field="retry.max_delay", positive=False),
-                jitter=bool(self.jitter),
+                jitter=self.jitter,
                 retry_on=_names(self.retry_on, "retry.retry_on"),
                 never_on=_names(self.never_on, "retry.never_on"),
             )
@@ -198,15 +200,17 @@ def task(function: F | None = None, *, registry: Registry = default_registry, **
 
 def _task_type(function: Callable[..., Any], *, name: str | None = None, queue: str = limits.DEFAULT_QUEUE,
                **options: Any) -> TaskType:  # fmt: skip
-    if not inspect.isroutine(function):
+    if not inspect.isroutine(function) or not callable(function):
         raise InvalidRequest(f"@task takes a function, not {function!r}", field="function")
     chosen = _check_name(function.__name__ if name is None else name)
     first = next(iter(inspect.signature(function).parameters.values()), None)
-    if first is None or first.kind in (first.KEYWORD_ONLY, first.VAR_KEYWORD):
+    if first is None or first.kind in (first.KEYWORD_ONLY, first.VAR_KEYWORD) or first.name in ("self", "cls"):
         raise InvalidRequest(f"task {chosen!r}: its function takes ctx first: def {chosen}(ctx, ...)", field="function")
+    if inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function):
+        raise InvalidRequest(f"task {chosen!r}: its function yields; it returns its result instead", field="function")
     is_async = inspect.iscoroutinefunction(function)
     policy = _policy(executor="async" if is_async else "process", **options)
-    return TaskType(chosen, function, policy, check_queue(queue), is_async)
+    return TaskType(chosen, function, policy, check_queue(_check_text(queue, "queue")), is_async)
 
 
 def _policy(*, executor: str, timeout: Duration | None = None, queue_timeout: Duration | None = None,
@@ -215,24 +219,23 @@ def _policy(*, executor: str, timeout: Duration | None = None, queue_timeout: Du
             checkpoint_storage: str | None = None, on_failure: str | None = None, on_success: str | None = None,
             on_shutdown: str = "drain", step_mismatch: str = "warn", strict_lease: bool = False,
             cancel_grace: Duration = "10s") -> Policy:  # fmt: skip
-    return check(
-        Policy(
-            retry=retry_record(retry),
-            run_timeout=_ms(timeout, "timeout"),
-            queue_timeout=_ms(queue_timeout, "queue_timeout"),
-            total_timeout=_ms(total_timeout, "total_timeout"),
-            no_progress_timeout=_ms(no_progress_timeout, "no_progress_timeout"),
-            checkpoint_interval=_ms(checkpoint_interval, "checkpoint_interval"),
-            checkpoint_storage=checkpoint_storage,
-            on_failure=on_failure,
-            on_success=on_success,
-            on_shutdown=on_shutdown,
-            step_mismatch=step_mismatch,
-            strict_lease=strict_lease,
-            cancel_grace=to_ms(cancel_grace, field="cancel_grace", positive=False),
-            executor=executor,
-        )
+    made = Policy(
+        retry=retry_record(retry),
+        run_timeout=_ms(timeout, "timeout"),
+        queue_timeout=_ms(queue_timeout, "queue_timeout"),
+        total_timeout=_ms(total_timeout, "total_timeout"),
+        no_progress_timeout=_ms(no_progress_timeout, "no_progress_timeout"),
+        checkpoint_interval=_ms(checkpoint_interval, "checkpoint_interval"),
+        checkpoint_storage=checkpoint_storage,
+        on_failure=on_failure,
+        on_success=on_success,
+        on_shutdown=on_shutdown,
+        step_mismatch=step_mismatch,
+        strict_lease=strict_lease,
+        cancel_grace=to_ms(cancel_grace, field="cancel_grace", positive=False),
+        executor=executor,
     )
+    return policy_from_json(policy_to_json(made))  # as the engine will read it: what it would refuse is refused here
 
 
 def type_config(task_type: TaskType) -> dict[str, Any]:
@@ -283,8 +286,8 @@ def _home(function: Callable[..., Any]) -> tuple[str, str]:
 def _names(value: Sequence[str | type] | None, field: str) -> list[str] | None:
     if value is None:
         return None
-    if isinstance(value, str):
-        raise InvalidRequest(f"{field} is a list of class names, not the text {value!r}", field=field)
+    if isinstance(value, str) or not isinstance(value, Iterable):
+        raise InvalidRequest(f"{field} is a list of classes or their names, not {value!r}", field=field)
     names = [f"{item.__module__}.{item.__qualname__}" if isinstance(item, type) else item for item in value]
     if not all(isinstance(name, str) and name for name in names):
         raise InvalidRequest(f"{field} holds class names, got {names!r}", field=field)
@@ -295,9 +298,18 @@ def _ms(value: Duration | None, field: str) -> int | None:
     return None if value is None else to_ms(value, field=field)
 
 
+def _check_text(value: str, field: str) -> str:
+    if not isinstance(value, str):
+        raise InvalidRequest(f"{field} is a text, not {value!r}", field=field)
+    return value
+
+
 def _check_name(name: str) -> str:
-    if not name or len(name.encode()) > limits.TEXT_MAX or not name.isprintable():
+    _check_text(name, "name")
+    if not name or not name.isprintable() or len(name.encode()) > limits.TEXT_MAX:
         raise InvalidRequest(
             f"{name!r} is no name for a task type: printable text, at most {limits.TEXT_MAX} bytes", field="name"
         )
+    if name == "<lambda>":
+        raise InvalidRequest("a lambda has no name; give the task one: @task(name=...)", field="name")
     return name

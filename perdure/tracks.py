@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import math
 import re
 import threading
 from collections.abc import AsyncIterable, AsyncIterator, Iterable, Iterator, Sequence, Sized
@@ -27,9 +28,11 @@ from perdure.schemas import limits
 from perdure.schemas.errors import DuplicateStep, StepError
 
 _SPECIAL = re.compile(r"[/@\[\]#%\x00-\x1f\x7f-\x9f]")
+_ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
+UNITS_MAX = (1 << 63) - 1
+"""What a record can count."""
 
 
-@lru_cache(maxsize=4096)
 def quoted(name: str) -> str:
     """A user's name as part of an identity: `/ @ [ ] # %` and control characters are percent-encoded.
 
@@ -37,6 +40,11 @@ def quoted(name: str) -> str:
     """
     if not isinstance(name, str) or not name:
         raise StepError(f"{name!r} is no name for a step or track; give a text")
+    return _quoted(name)
+
+
+@lru_cache(maxsize=4096)
+def _quoted(name: str) -> str:
     try:
         size = len(name.encode())
     except UnicodeEncodeError as error:
@@ -44,6 +52,14 @@ def quoted(name: str) -> str:
     if size > limits.TEXT_MAX:
         raise StepError(f"the name {name[:40]!r}... is {size:,} bytes long; at most {limits.TEXT_MAX:,} are taken")
     return _SPECIAL.sub(lambda found: quote(found[0], safe=""), name)
+
+
+def _key_text(key: object) -> str:
+    """A step's key as text. Raises `StepError` for what has another text in every process."""
+    text = str(key)
+    if not isinstance(key, str) and (_ADDRESS.search(text) or isinstance(key, (set, frozenset))):
+        raise StepError(f"the key {text:.80} is another in every attempt; give a text, number, date or the like")
+    return text
 
 
 class Scope:
@@ -63,7 +79,7 @@ class Scope:
 
         Raises `DuplicateStep` or `StepError`.
         """
-        base = f"{self.path}/{quoted(name)}" if key is None else f"{self.path}/{quoted(name)}[{quoted(str(key))}]"
+        base = f"{self.path}/{quoted(name)}" if key is None else f"{self.path}/{quoted(name)}[{quoted(_key_text(key))}]"
         step_id = self._numbered(base, base, section)
         if len(step_id) * 4 > limits.STEP_ID_MAX and len(step_id.encode()) > limits.STEP_ID_MAX:
             raise StepError(f"the step {step_id[:80]!r}... has an identity of more than {limits.STEP_ID_MAX:,} bytes; "
@@ -79,6 +95,10 @@ class Scope:
         """The path of a track that begins now. Raises `DuplicateStep` or `StepError`."""
         path = f"{self.path}/{quoted(name)}" if self.path else quoted(name)
         return self._numbered(path + "@", path, section)
+
+    def within(self, other: Scope) -> bool:
+        """Whether this scope is the other one or lies in it."""
+        return self is other or (self.outer is not None and self.outer.within(other))
 
     def repeats(self) -> dict[str, int]:
         """Name in this scope -> uses, of those used more than once."""
@@ -180,11 +200,14 @@ class _Track:
         self._place, self._sections = place, place.sections
         self._outer, self._section = self._sections.scope, self._sections.number()
         self._path, self._done = place.open_track(name)
-        self._total = len(iterable) if total is None and isinstance(iterable, Sized) else total
+        self._total = _count(total) if total is not None else len(iterable) if isinstance(iterable, Sized) else None
 
     def _between(self) -> Flow[None]:
-        """End the open item, if there is one, and stand at a boundary."""
+        """End the open item, if there is one, and stand at a boundary. Raises `StepError`."""
         if self._item is not None:
+            if not self._sections.scope.within(self._item):
+                raise StepError(f"the track {self._path} goes on in the middle of an item of another one: side by side "
+                                "they have no common position; go through zip(...) with one track")  # fmt: skip
             self._leave()
             self._done += 1
         if not self._outer.path:
@@ -238,6 +261,17 @@ class AsyncTrack(_Track, AsyncIterator[Any]):
         item = await anext(self._items)
         self._enter()
         return item
+
+
+def _count(total: Any) -> int:
+    """A track's `total`. Raises `StepError` for what counts nothing."""
+    try:
+        count: int = math.floor(total)
+    except (TypeError, ValueError, OverflowError):  # no number, not a number, infinite
+        count = -1
+    if isinstance(total, bool) or count != total or not 0 <= count <= UNITS_MAX:
+        raise StepError(f"a track's total is {total!r}; give a whole number of items, or nothing if it is not known")
+    return count
 
 
 def _items(iterable: Iterable[Any], done: int) -> Iterator[Any]:

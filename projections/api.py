@@ -34,8 +34,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 from urllib.parse import unquote
 
+from anyio import CapacityLimiter, to_thread
 from starlette.applications import Starlette
-from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.routing import Mount, Route
@@ -45,6 +45,7 @@ from perdure.projections import history, render
 from perdure.projections.auth import Access, Answer, Gate, refusal
 from perdure.projections.progress import STATES
 from perdure.projections.views import PAGE_MAX, Place, Views
+from perdure.schemas import limits
 from perdure.schemas.errors import (
     CommandRefused,
     DecodeError,
@@ -56,6 +57,7 @@ from perdure.schemas.errors import (
     ValueTooLarge,
 )
 from perdure.schemas.json_commands import strict_loads
+from perdure.schemas.public import TaskProgress
 
 LOG = logging.getLogger("perdure.server")
 
@@ -67,7 +69,10 @@ and `decided`, false if there is no verdict yet. Blocks for some seconds at most
 Health = Callable[[], Mapping[str, Any]]
 """Says how the server is; `ok` decides between 200 and 503. Must not block."""
 
-_STATUS: dict[type[Exception], int] = {
+COMMANDS_AT_ONCE = 64
+"""Commands that wait for the engine at the same time; queries have threads of their own and never wait behind them."""
+
+_STATUS: dict[type[PerdureError], int] = {
     NotFound: 404,
     ValueTooLarge: 413,
     CommandRefused: 409,
@@ -108,6 +113,7 @@ class _Api:
 
     def __init__(self, views: Views, commands: Commands, health: Health, clock: Clock) -> None:
         self._views, self._commands, self._health, self._clock = views, commands, health, clock
+        self._places = CapacityLimiter(COMMANDS_AT_ONCE)
 
     def routes(self) -> list[Route]:
         """All routes but `/health`."""
@@ -144,20 +150,22 @@ class _Api:
         return Answer({"tasks": [render.status(p, now) for p in page.rows], "next": _cursor(page.next)})
 
     def task(self, request: Request) -> Answer:
-        task_id = _task_id(request)
-        progress = self._views.status(task_id)
-        if progress is None:
-            raise NotFound(f"no task {task_id!r} is known here (yet)")
-        return Answer(render.status(progress, self._clock()))
+        return Answer(render.status(self._known(_task_id(request)), self._clock()))
 
     def events(self, request: Request) -> Answer:
         ask = _Query(request, "after", "limit")
-        part = self._views.events(_task_id(request), after=ask.number("after", 0), limit=ask.limit())
+        task_id = _task_id(request)
+        part = self._views.events(task_id, after=ask.number("after", 0), limit=ask.limit())
+        if not part.rows:
+            self._known(task_id)
         return Answer({"events": [render.event(e) for e in part.rows], "next": part.last, "more": part.more})
 
     def attempts(self, request: Request) -> Answer:
-        facts = self._views.every_event(_task_id(request), history.KINDS)
-        return Answer({"attempts": [render.attempt(a) for a in history.attempts(facts)]})
+        task_id = _task_id(request)
+        found = history.attempts(self._views.every_event(task_id, history.KINDS))
+        if not found:
+            self._known(task_id)
+        return Answer({"attempts": [render.attempt(a) for a in found]})
 
     def logs(self, request: Request) -> Answer:
         ask = _Query(request, "n", "after", "limit")
@@ -166,6 +174,8 @@ class _Api:
             part = self._views.logs(task_id, last=ask.number("n", 100, 1, PAGE_MAX))
         else:
             part = self._views.logs(task_id, after=ask.number("after", -1, -1), limit=ask.limit())
+        if not part.rows:
+            self._known(task_id)
         return Answer({"lines": [render.line(n) for n in part.rows], "next": part.last, "more": part.more})
 
     def dead_letters(self, request: Request) -> Answer:
@@ -194,12 +204,19 @@ class _Api:
     def types(self, _request: Request) -> Answer:
         return Answer({"types": [render.config(c) for c in self._views.config("type")]})
 
+    def _known(self, task_id: str) -> TaskProgress:
+        """The task's state. Raises `NotFound`."""
+        progress = self._views.status(task_id)
+        if progress is None:
+            raise NotFound(f"no task {task_id!r} is known here (yet)")
+        return progress
+
     def _command(self, name: str) -> Callable[[Request], Any]:
         async def handle(request: Request) -> Answer:
             task_id = _task_id(request) if request.path_params else None
             try:
                 command = _command_body(await request.body(), name, task_id)
-                return _verdict(await run_in_threadpool(self._commands, command))
+                return _verdict(await to_thread.run_sync(self._commands, command, limiter=self._places))
             except DecodeError as error:
                 raise InvalidRequest(f"the body is no command: {error}", field="body") from error
 
@@ -241,13 +258,15 @@ class _Query:
         for state in found:
             if state not in STATES:
                 raise InvalidRequest(f"{state!r:.40} is no state; there are {', '.join(STATES)}", field="state")
-        return found
+        return list(dict.fromkeys(found))
 
     def labels(self) -> list[tuple[str, str]]:
         """Labels as name=value; the parameter may be repeated."""
         pairs = [text.partition("=") for text in self._given.getlist("label")]
         if any(not eq for _, eq, _ in pairs):
             raise InvalidRequest("a label is asked for as label=name=value", field="label")
+        if len(pairs) > limits.LABELS_MAX:
+            raise InvalidRequest(f"{len(pairs):,} labels; no task has more than {limits.LABELS_MAX}", field="label")
         return [(name, value) for name, _, value in pairs]
 
     def cursor(self) -> Place | None:
@@ -292,7 +311,7 @@ def _command_body(body: bytes, name: str, task_id: str | None) -> dict[str, Any]
 def _verdict(reply: Mapping[str, Any]) -> Answer:
     if reply["accepted"]:
         return Answer(dict(reply), 200 if reply.get("decided", True) else 202)
-    if reply["reason"] == "not_found":
+    if reply["reason"].startswith("not_found"):
         return refusal(404, "not_found", "no such task", name=reply.get("field"))
     return refusal(409, "rejected", reply["reason"], name=reply.get("field"))
 
@@ -301,8 +320,8 @@ def _verdict(reply: Mapping[str, Any]) -> Answer:
 
 
 async def _failed(_request: Request, error: Exception) -> Answer:
-    status = next((s for kind, s in _STATUS.items() if isinstance(error, kind)), 500)
     code = error.code if isinstance(error, PerdureError) else "error"
+    status = next((s for kind, s in _STATUS.items() if isinstance(error, kind) or kind.code == code), 500)
     return refusal(status, code, str(error), name=getattr(error, "field", None))
 
 

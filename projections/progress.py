@@ -1,14 +1,18 @@
 """The latest public state of each task: a fold of its events and of its accepted progress.
 
 Events come in the order of their `seq`; one that is included already changes nothing, so the fold may be repeated. Two
-topics have no common order: telemetry may come late, and then counts only while it still says something new (`_stale`).
+topics have no common order, so the row may not depend on one: what a task has reached is the newest that its telemetry
+says, whatever its events have come to meanwhile, and telemetry that comes before the task's submit waits for it.
+
+Times are log times. A `due` in an event is partition time, which runs apart from log time once a clock has jumped; so
+what is shown is counted from the event that set the delay.
 
 **Estimated end.** The pace is what has been reached (the fraction, or units done of all units) over the time spent
 running: all epochs together, from the start of user code, without queues and pauses. Work that was lost and done again
 so slows the estimate, as it slowed the task, and an epoch that resumes at 60 % does not look infinitely fast. What is
-left at that pace counts from now, or from when the task becomes ready. Before there is a pace, the submitter's
-`estimated_duration`, less the time already spent, takes its place; a paused or ended task has no estimate, nor has one
-that would take a century.
+left at that pace counts from the last change, or from when the task becomes ready. Before there is a pace, the
+submitter's `estimated_duration`, less the time already spent, takes its place; a paused or ended task has no estimate,
+nor has one that would take a century.
 """
 
 from __future__ import annotations
@@ -16,13 +20,16 @@ from __future__ import annotations
 import math
 from typing import Any, assert_never
 
-from perdure.projections.inputs import Fact, Transaction, readable, task_of
+from perdure.projections.inputs import Fact, Transaction, fact, readable, task_of
 from perdure.schemas import durations, events, topics
 from perdure.schemas.codec import decode_as, encode, replace
 from perdure.schemas.common import ErrorInfo
 from perdure.schemas.public import TaskProgress
 from perdure.streams.log import Record
+from perdure.streams.store import META
 
+_EARLY = META + b"early/"
+"""Before a task's key: its newest telemetry while its submit has not been read. Stays out of the public topic."""
 VALUE_SHOWN_MAX = 64 * 1024
 """A result or input above this is left out of the views (bytes); the event log has it."""
 MILESTONES_SHOWN_MAX = 64 * 1024
@@ -86,7 +93,15 @@ class ProgressProcessor:
         key = task_id.encode()
         row = tx.get(key)
         before = None if row is None else decode_as(TaskProgress, row)
+        if isinstance(found, events.ProgressReported) and (before is None or before.retired):
+            tx.put(_EARLY + key, record.value)
+            return
         after = fold(before, found)
+        if isinstance(found, events.TaskSubmitted) and after is not before:
+            early = tx.get(_EARLY + key)
+            if early is not None:
+                after = fold(after, fact(early))
+                tx.put(_EARLY + key, None)
         if after is not None and after is not before:
             tx.put(key, encode(after))
 
@@ -104,11 +119,7 @@ def fold(progress: TaskProgress | None, record: Fact) -> TaskProgress | None:
         return _reported(progress, record)
     if isinstance(record, events.PartitionEvent) or record.task_id is None or record.seq <= progress.seq:
         return progress
-    changes = _changes(progress, record)
-    if not changes:
-        return replace(progress, seq=record.seq)
-    after = replace(progress, seq=record.seq, updated_at=max(progress.updated_at, record.at), **changes)
-    return replace(after, eta_at=_eta(after, record.at))
+    return _updated(progress, record.at, seq=record.seq, **_changes(progress, record))
 
 
 def shown(value: bytes | None) -> bytes | None:
@@ -124,32 +135,23 @@ def _submitted(known: TaskProgress | None, e: events.TaskSubmitted) -> TaskProgr
         task_id=e.task_id, type=e.type, queue=e.queue, state="PENDING", seq=e.seq, priority=e.priority, labels=e.labels,
         user=e.user, estimated_duration=e.estimated_duration, submitted_at=e.at, updated_at=e.at, due=e.not_before,
     )  # fmt: skip
-    return replace(fresh, eta_at=_eta(fresh, e.at))
+    return replace(fresh, eta_at=_eta(fresh))
+
+
+def _updated(p: TaskProgress, at: int, **changes: Any) -> TaskProgress:
+    after = replace(p, updated_at=max(p.updated_at, at), **changes)
+    return replace(after, eta_at=_eta(after))
 
 
 def _reported(p: TaskProgress, r: events.ProgressReported) -> TaskProgress:
-    fraction = _fraction(r)
-    if _stale(p, r, fraction):
-        return p
     said = {
-        "progress": fraction,
+        "progress": 1.0 if p.state == "COMPLETED" else _fraction(r),
         "current_step": r.current_step,
         "units_done": r.units_done,
         "units_total": r.units_total,
     }
     changes = {name: value for name, value in said.items() if value is not None and value != getattr(p, name)}
-    if not changes and r.at <= p.updated_at:
-        return p
-    after = replace(p, updated_at=max(p.updated_at, r.at), **changes)
-    return replace(after, eta_at=_eta(after, r.at))
-
-
-def _stale(p: TaskProgress, r: events.ProgressReported, fraction: float | None) -> bool:
-    """Whether a report is older than what is known: of an epoch or task that is over, or a step back in time."""
-    if r.epoch < p.epoch or p.state in _ENDED:
-        return True
-    # Events of the same moments arrive by another topic, earlier or later: an older time alone proves nothing.
-    return r.at < p.updated_at and (fraction or 0.0) < (p.progress or 0.0)
+    return _updated(p, r.at, **changes) if changes or r.at > p.updated_at else p
 
 
 def _fraction(r: events.ProgressReported) -> float | None:
@@ -162,8 +164,9 @@ def _fraction(r: events.ProgressReported) -> float | None:
     return min(1.0, max(0.0, fraction))
 
 
-def _eta(p: TaskProgress, at: int) -> int | None:
+def _eta(p: TaskProgress) -> int | None:
     """When the task will probably end, log time, ms; the module's text says how."""
+    at = p.updated_at
     if p.state == "PAUSED" or p.state in _ENDED:
         return None
     spent = p.running_ms + (max(0, at - p.running_since) if p.running_since is not None else 0)
@@ -183,7 +186,8 @@ def _changes(p: TaskProgress, e: _Course | _Stop | _Unseen) -> dict[str, Any]:
     """Fields that an event sets."""
     match e:
         case events.TaskQueued():
-            return {"state": "PENDING", "reason": e.reason, "due": e.due, "stopping": "none"}
+            due = None if e.due is None else p.due
+            return {"state": "PENDING", "reason": e.reason, "due": due, "stopping": "none"}
         case events.TaskGranted():
             return {"state": "RUNNING", "reason": "", "due": None, "stopping": "none", "epoch": e.epoch,
                     "attempt": e.attempt, "worker_id": e.worker_id}  # fmt: skip
@@ -214,13 +218,13 @@ def _stop_changes(p: TaskProgress, e: _Stop | _Unseen) -> dict[str, Any]:
     match e:
         case events.TaskPaused():
             reason = "shutdown" if e.why == "shutdown" else ""
-            return {"state": "PAUSED", "reason": reason, "due": e.due, **_stopped(p, e.at)}
+            return {"state": "PAUSED", "reason": reason, "due": None if e.due is None else p.due, **_stopped(p, e.at)}
         case events.AttemptLost():
             return {"state": "PENDING", "reason": "", **_stopped(p, e.at)}
         case events.AttemptFailed():
             return {"error": e.error, **_stopped(p, e.at)}
         case events.RetryScheduled():
-            return {"state": "PENDING", "reason": "retry_backoff", "due": e.due, "stopping": "none"}
+            return {"state": "PENDING", "reason": "retry_backoff", "due": e.at + e.delay, "stopping": "none"}
         case events.TaskCompleted():
             return {"progress": 1.0, "result": shown(e.result), "error": None, **_ended(p, e.at, "COMPLETED")}
         case events.TaskFailed():
@@ -258,7 +262,7 @@ def _stopped(p: TaskProgress, at: int) -> dict[str, Any]:
 
 
 def _ended(p: TaskProgress, at: int, state: str) -> dict[str, Any]:
-    return {"state": state, "reason": "", "due": None, "finished_at": at, "current_step": None, **_stopped(p, at)}
+    return {"state": state, "reason": "", "due": None, "finished_at": at, **_stopped(p, at)}
 
 
 def timeout_error(which: str) -> ErrorInfo:

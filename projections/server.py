@@ -13,11 +13,12 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from perdure.projections.api import Commands, create_app
 from perdure.projections.auth import access
@@ -39,6 +40,8 @@ LAG_MAX = 10_000
 """Records behind which the views are no longer fit to be asked."""
 LINGER_S = 5.0
 """How long a server that has lost a part goes on saying so."""
+PATIENCE_S = 30.0
+"""How long a client may take to send a request's head, or to take an answer."""
 STOP_S = 30.0
 
 
@@ -51,7 +54,7 @@ def main(
     db_path: Path,
     commands: Commands,
     ready: Callable[[str], None],
-    background: Sequence[Work] = (),
+    background: Mapping[str, Work] | None = None,
     lags: Lags = dict,
     names: Iterable[str] = (),
     retention: Retention | None = None,
@@ -61,6 +64,7 @@ def main(
     """Serve until SIGTERM, SIGINT or `stop`; returns the exit code: 0, or 1 if a part failed. Blocks.
 
     `ready` gets the address once it answers; port 0 takes a free one. `names`: host names that the API is known by.
+    `background`: what else runs until the server stops, by the names that health shows.
     Raises `ConfigurationError` (no token beyond loopback, address or view store in use) or `Unreachable`.
     """
     rules = access(host, token, names)
@@ -74,7 +78,7 @@ def main(
             return health_of(writer.reading, crew.state(), lags())
 
         app = create_app(Views(db_path), commands, health, rules, _now)
-        crew.start({"views": writer.run} | _named(background))
+        crew.start({"views": writer.run} | dict(background or {}))
         try:
             asyncio.run(_serve(app, listener, ready, stop))
         finally:
@@ -93,8 +97,11 @@ def health_of(reading: Reading, parts: Mapping[str, str], lags: Mapping[str, Map
         problems.append("the views are still being filled")
     for name, topics in everything.items():
         problems += [f"{name}: {n:,} records behind in {topic}" for topic, n in topics.items() if n > LAG_MAX]
-    if reading.skew_ms is not None and abs(reading.skew_ms) > limits.CLOCK_AGREES_MS:
-        problems.append(f"the clocks of the log and of this machine differ by {reading.skew_ms / 1000:.1f} s")
+    if reading.skew_ms is not None and reading.skew_ms > limits.CLOCK_AGREES_MS:
+        problems.append(f"the log's clock is {reading.skew_ms / 1000:.1f} s ahead of this machine's")
+    if reading.skew_ms is not None and reading.skew_ms < -limits.CLOCK_AGREES_MS:
+        late = f"events come {-reading.skew_ms / 1000:.1f} s late"
+        problems.append(f"{late}: the log's clock is behind this machine's, or the engine behind its commands")
     return {
         "ok": not problems, "problems": problems, "caught_up": reading.caught_up, "skew_ms": reading.skew_ms,
         "lag": everything, "parts": dict(parts),
@@ -145,6 +152,39 @@ class _Crew:
         self._stop.set()
 
 
+class _Impatient(H11Protocol):
+    """A connection that ends when its next request, or the taking of an answer, lasts too long: places are few."""
+
+    _deadline: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Expect a request."""
+        super().connection_made(transport)
+        self._expect()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Expect nothing more."""
+        self._expect(nothing=True)
+        super().connection_lost(exc)
+
+    def handle_events(self) -> None:
+        """See whether a request has begun; how long its body may take the gate says."""
+        before = self.cycle
+        super().handle_events()
+        if self.cycle is not before:
+            self._expect(nothing=True)
+
+    def on_response_complete(self) -> None:
+        """Expect the next request."""
+        self._expect()
+        super().on_response_complete()
+
+    def _expect(self, *, nothing: bool = False) -> None:
+        if self._deadline is not None:
+            self._deadline.cancel()
+        self._deadline = None if nothing else self.loop.call_later(PATIENCE_S, self.transport.abort)
+
+
 class _Server(uvicorn.Server):
     """Leaves signals to `_serve`, and tells when it answers."""
 
@@ -165,7 +205,7 @@ class _Server(uvicorn.Server):
 
 async def _serve(app: Any, listener: socket.socket, ready: Callable[[str], None], stop: threading.Event) -> None:
     config = uvicorn.Config(
-        app, http="h11", ws="none", lifespan="off", log_config=None, access_log=False, proxy_headers=False,
+        app, http=_Impatient, ws="none", lifespan="off", log_config=None, access_log=False, proxy_headers=False,
         server_header=False, limit_concurrency=512, timeout_graceful_shutdown=5,
     )  # fmt: skip
     server = _Server(config, lambda: ready(_url(listener)))
@@ -198,11 +238,6 @@ def _url(listener: socket.socket) -> str:
     host, port = listener.getsockname()[:2]
     here = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104
     return f"http://[{here}]:{port}" if ":" in here else f"http://{here}:{port}"
-
-
-def _named(background: Sequence[Work]) -> dict[str, Work]:
-    """Each with a name for people: its own, and its number."""
-    return {f"{getattr(work, '__qualname__', type(work).__name__)} #{i}": work for i, work in enumerate(background, 1)}
 
 
 def _now() -> int:

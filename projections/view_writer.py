@@ -14,8 +14,8 @@ import sqlite3
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack, closing
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -69,7 +69,7 @@ class Reading:
     lag: Mapping[str, int] = field(default_factory=dict)
     """Topic -> records still to be read."""
     skew_ms: int | None = None
-    """The log's clock minus this machine's; None: no live record has been read yet."""
+    """The log's clock minus this machine's; None: no live event has been read yet."""
     problem: str | None = None
     """Why it could not be measured last time."""
 
@@ -77,7 +77,8 @@ class Reading:
 class ViewWriter:
     """The only writer of a view store. `reading` may be read by any thread; the rest belongs to one at a time.
 
-    Raises `ConfigurationError` for a file that is none of ours or has a writer already, `Unreachable` without a broker.
+    Raises `ConfigurationError` for a file that is none of ours or has a writer already, `Unreachable` without a broker,
+    `InfrastructureError` when the file cannot be written, or was damaged (then it is deleted).
     """
 
     def __init__(self, log: Log, path: Path, *, clock: Clock, retention: Retention | None = None) -> None:
@@ -86,12 +87,14 @@ class ViewWriter:
         self._retention = retention or Retention()
         self._failed: InfrastructureError | None = None
         self._live: deque[int] = deque(maxlen=LIVE_BATCHES)
+        self._heard: int | None = None
         with ExitStack() as held:
             held.callback(os.close, _locked(path))
             self._db = held.enter_context(closing(_opened(path)))
             self._reader = held.enter_context(closing(log.reader()))
             self._producer = held.enter_context(closing(log.producer()))
-            self._next = self._positions()
+            with _writing(path):
+                self._next = self._positions()
             self._ends = {where: self._reader.bounds(*where)[1] for where in self._next}
             self._reader.assign(self._next)
             self._held = held.pop_all()
@@ -107,17 +110,12 @@ class ViewWriter:
 
     def step(self, timeout_s: float) -> int:
         """Read one batch, waiting up to `timeout_s` for its first record; returns the number of records."""
-        records = self._reader.read(BATCH, timeout_s)
+        records, now = self._reader.read(BATCH, timeout_s), self._clock()
         if records:
-            if self.reading.caught_up and len(records) < BATCH:
-                self._live.append(max(r.at for r in records) - self._clock())
-            try:
+            with _writing(self._path):
                 self._store(records)
-            except sqlite3.DatabaseError as error:
-                raise InfrastructureError(
-                    f"the view store {self._path} cannot be written ({error}): make room on the disk, or delete the"
-                    " file; it is filled again from the log"
-                ) from error
+            if self._heard is not None and self.reading.caught_up and len(records) < BATCH:
+                self._live.append(self._heard - now)
         if not self.reading.caught_up and all(self._lag(where) == 0 for where in self._ends):
             self.reading = replace(self.reading, caught_up=True, lag=dict.fromkeys(_TABLES, 0))
         return len(records)
@@ -169,7 +167,7 @@ class ViewWriter:
     # Records --------------------------------------------------------------------------------------------------------
 
     def _store(self, records: list[Record]) -> None:
-        bad = 0
+        bad, self._heard = 0, None
         with self._db:
             for record in records:
                 try:
@@ -225,6 +223,8 @@ class ViewWriter:
         task_id = task_of(event)
         if task_id is None:
             return
+        # An event's own time is the log's; a record's is that of whoever wrote it, on every topic but task-commands.
+        self._heard = max(event.at, self._heard or 0)
         if isinstance(event, events.ProgressReported):
             raise DecodeError("accepted progress belongs on task-telemetry")
         if event.seq == 1:  # an id that was free again: the events of its former task are another story
@@ -299,13 +299,36 @@ def _opened(path: Path) -> sqlite3.Connection:
         return db
     if not blank:
         db.close()
-        for suffix in ("", "-wal", "-shm"):
-            Path(f"{path}{suffix}").unlink(missing_ok=True)
+        _delete(path)
         db = _connected(path)
     db.executescript(
         f"BEGIN; {SCHEMA} PRAGMA application_id = {APPLICATION_ID}; PRAGMA user_version = {VERSION}; COMMIT"
     )
     return db
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """Names what SQLite raises, with what to do. A damaged store is deleted: all of it is in the log."""
+    try:
+        yield
+    except sqlite3.DatabaseError as error:
+        primary = getattr(error, "sqlite_errorcode", 0) & 0xFF  # the rest of an error code tells it apart further
+        if primary not in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
+            raise InfrastructureError(
+                f"the view store {path} cannot be written ({error}): make room on the disk, or delete the file; it is"
+                " filled again from the log"
+            ) from error
+        _delete(path)
+        raise InfrastructureError(
+            f"the view store {path} was damaged ({error}) and has been deleted: start the server again, and it is"
+            " filled again from the log"
+        ) from error
+
+
+def _delete(path: Path) -> None:
+    for suffix in ("", "-wal", "-shm"):
+        Path(f"{path}{suffix}").unlink(missing_ok=True)
 
 
 def _connected(path: Path) -> sqlite3.Connection:

@@ -91,7 +91,7 @@ def encode(message: object) -> bytes:
         raise TypeError(f"{type(message).__qualname__} is no record class")
     parts = [form.header]
     try:
-        form.write(message, parts.append)
+        form.write(message, parts.extend)
         return b"".join(parts)
     except (AttributeError, KeyError, OverflowError) as error:
         raise ValueError(f"no valid {form.cls.__name__}: {type(error).__name__}: {error}") from error

@@ -10,14 +10,15 @@ from __future__ import annotations
 import struct
 import types
 import typing
-from collections.abc import Callable
-from dataclasses import fields, is_dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, fields, is_dataclass
+from itertools import groupby
 from typing import Annotated, Any, get_args, get_origin
 
 from perdure.schemas.records import field_types
 
-Write = Callable[[Any, Callable[[bytes], None]], None]
-"""(record, append) -> None: appends the record's bytes piece by piece."""
+Write = Callable[[Any, Callable[[Iterable[bytes]], None]], None]
+"""(record, extend) -> None: hands over the record's bytes in pieces."""
 
 
 def _varint(z: int) -> bytes:
@@ -31,6 +32,8 @@ def _varint(z: int) -> bytes:
 
 _TABLE = 16_384
 _SMALL = tuple(_varint(n << 1) for n in range(_TABLE))
+_SMALL_PRESENT = tuple(b"\x02" + small for small in _SMALL)
+"""The same behind the index of a union's second branch: a number, or a length, that is there."""
 _LONG_MIN, _LONG_MAX = -(1 << 63), (1 << 63) - 1
 _pack_double = struct.Struct("<d").pack
 
@@ -55,88 +58,110 @@ def double(x: float) -> bytes:
 def compile_writer(cls: type) -> Write:
     """The writer of a record class."""
     code = _Code()
-    body = ["def write(m, a):", *code.record(cls, "m", 1)]
-    namespace: dict[str, Any] = dict(code.names) | {"L": long, "double": double}
+    body = ["def write(m, e):", *_lines(code.record(cls, "m"), 1)]
+    tables = {"S": _SMALL, "P": _SMALL_PRESENT, "T": _TABLE, "L": long, "D": double}
+    namespace: dict[str, Any] = dict(code.names) | tables
     exec(compile("\n".join(body), f"<writer of {cls.__name__}>", "exec"), namespace)  # noqa: S102 - our own annotations
     write: Write = namespace["write"]
     return write
 
 
+@dataclass(frozen=True)
+class _Block:
+    """A statement that has others under it."""
+
+    head: str
+    body: list[str | _Block]
+
+
+Part = str | _Block
+"""An expression for some bytes, or a statement."""
+
+
+def _lines(parts: Sequence[Part], depth: int) -> list[str]:
+    """Python lines; neighbouring expressions are handed over together."""
+    pad = "    " * depth
+    lines: list[str] = []
+    for is_block, group in groupby(parts, key=lambda part: isinstance(part, _Block)):
+        if not is_block:
+            lines.append(f"{pad}e(({', '.join(map(str, group))},))")
+            continue
+        for block in group:
+            assert isinstance(block, _Block)
+            lines.append(pad + block.head)
+            if block.head.endswith(":"):
+                lines += _lines(block.body, depth + 1)
+    return lines or [f"{pad}pass"]
+
+
 class _Code:
-    """Python statements that write values of annotated types."""
+    """Python code that writes values of annotated types."""
 
     def __init__(self) -> None:
         self.names: dict[str, Any] = {}
         self._count = 0
 
-    def record(self, cls: type, value: str, depth: int) -> list[str]:
+    def record(self, cls: type, value: str) -> list[Part]:
         hints = field_types(cls)
-        return [line for f in fields(cls) for line in self.value(hints[f.name], f"{value}.{f.name}", depth)] or ["pass"]
+        return [part for f in fields(cls) for part in self.value(hints[f.name], f"{value}.{f.name}")]
 
-    def value(self, hint: Any, value: str, depth: int) -> list[str]:
-        """Statements that write the expression `value` of type `hint`."""
-        while get_origin(hint) is Annotated:
-            hint = get_args(hint)[0]
+    def value(self, hint: Any, value: str) -> list[Part]:
+        """Code that writes the expression `value` of type `hint`."""
+        hint = _plain(hint)
         origin = get_origin(hint)
         if origin in (types.UnionType, typing.Union):
-            return self._union(get_args(hint), value, depth)
-        pad = "    " * depth
+            return self._union(get_args(hint), value)
         if origin is list:
-            return self._blocks(value, depth, lambda item: self.value(get_args(hint)[0], item, depth + 2))
+            return self._blocks(value, lambda item: self.value(get_args(hint)[0], item))
         if origin is dict:
-            return self._map(get_args(hint)[1], value, depth)
+            return self._map(get_args(hint)[1], value)
         if isinstance(hint, type) and is_dataclass(hint):
-            return self.record(hint, value, depth)
-        if hint is str:
-            v = self._name()
-            return [f"{pad}{v} = {value}.encode()", f"{pad}a(L(len({v}))); a({v})"]
-        if hint is bytes:
-            return [f"{pad}a(L(len({value}))); a({value})"]
-        simple = {int: f"a(L({value}))", bool: f"a(b'\\x01' if {value} else b'\\x00')", float: f"a(double({value}))"}
-        return [pad + simple[hint]]
-
-    def _union(self, arms: tuple[Any, ...], value: str, depth: int) -> list[str]:
-        pad, inner = "    " * depth, "    " * (depth + 1)
+            return self.record(hint, value)
         v = self._name()
-        lines = [f"{pad}{v} = {value}"]
-        present = [a for a in arms if a is not type(None)]
+        if hint in (str, bytes):
+            data = f"{value}.encode()" if hint is str else value
+            return [f"S[n] if (n := len({v} := {data})) < T else L(n)", v]
+        simple = {
+            int: f"S[n] if 0 <= (n := {value}) < T else L(n)",
+            bool: f"b'\\x01' if {value} else b'\\x00'",
+            float: f"D({value})",
+        }
+        return [simple[hint]]
+
+    def _union(self, arms: tuple[Any, ...], value: str) -> list[Part]:
+        v = self._name()
+        present = [_plain(arm) for arm in arms if arm is not type(None)]
+        if len(present) == 1 and present[0] in (int, str, bytes):
+            return self._optional(present[0], value, v)
+        parts: list[Part] = [_Block(f"{v} = {value}", [])]
         optional = len(present) < len(arms)
         if optional:
-            lines += [f"{pad}if {v} is None:", f"{inner}a(b'\\x00')"]
+            parts.append(_Block(f"if {v} is None:", ["b'\\x00'"]))
         for index, arm in enumerate(present, start=int(optional)):
-            if len(present) == 1:
-                lines += [f"{pad}else:"] if optional else []
-            else:
-                name = self._bind(arm)
-                lines.append(f"{pad}{'if' if index == 0 else 'elif'} type({v}) is {name}:")
-            lines += [f"{inner}a(L({index}))", *self.value(arm, v, depth + 1)]
+            test = f"{'elif' if index else 'if'} type({v}) is {self._bind(arm)}:"
+            which = "else:" if len(present) == 1 else test
+            parts.append(_Block(which, [f"S[{index}]", *self.value(arm, v)]))
         if len(present) > 1:
-            lines += [f"{pad}else:", f"{inner}raise TypeError(f'{{type({v}).__name__}} has no place here')"]
-        return lines
+            parts.append(_Block("else:", [_Block(f"raise TypeError(f'{{type({v}).__name__}} has no place here')", [])]))
+        return parts
 
-    def _blocks(self, value: str, depth: int, item_lines: Callable[[str], list[str]]) -> list[str]:
-        pad = "    " * depth
+    def _optional(self, hint: type, value: str, v: str) -> list[Part]:
+        """A number or text that may be missing: an expression, as most fields of most records are of this kind."""
+        absent = f"b'\\x00' if ({v} := {value}) is None else"
+        if hint is int:
+            return [f"{absent} P[{v}] if 0 <= {v} < T else b'\\x02' + L({v})"]
+        data = f"{v}.encode()" if hint is str else v
+        return [f"{absent} P[n] if (n := len({v} := {data})) < T else b'\\x02' + L(n)", f"{v} or b''"]
+
+    def _blocks(self, value: str, item_parts: Callable[[str], list[Part]]) -> list[Part]:
         item = self._name()
-        return [
-            f"{pad}if {value}:",
-            f"{pad}    a(L(len({value})))",
-            f"{pad}    for {item} in {value}:",
-            *item_lines(item),
-            f"{pad}a(b'\\x00')",
-        ]
+        loop = _Block(f"for {item} in {value}:", item_parts(item))
+        return [_Block(f"if {value}:", [f"L(len({value}))", loop]), "b'\\x00'"]
 
-    def _map(self, hint: Any, value: str, depth: int) -> list[str]:
-        pad = "    " * depth
-        key, item, raw = self._name(), self._name(), self._name()
-        return [
-            f"{pad}if {value}:",
-            f"{pad}    a(L(len({value})))",
-            f"{pad}    for {key}, {item} in {value}.items():",
-            f"{pad}        {raw} = {key}.encode()",
-            f"{pad}        a(L(len({raw}))); a({raw})",
-            *self.value(hint, item, depth + 2),
-            f"{pad}a(b'\\x00')",
-        ]
+    def _map(self, hint: Any, value: str) -> list[Part]:
+        key, item = self._name(), self._name()
+        loop = _Block(f"for {key}, {item} in {value}.items():", [*self.value(str, key), *self.value(hint, item)])
+        return [_Block(f"if {value}:", [f"L(len({value}))", loop]), "b'\\x00'"]
 
     def _name(self) -> str:
         self._count += 1
@@ -146,3 +171,10 @@ class _Code:
         name = f"T{len(self.names)}_{cls.__name__}"
         self.names[name] = cls
         return name
+
+
+def _plain(hint: Any) -> Any:
+    """A type without its annotations."""
+    while get_origin(hint) is Annotated:
+        hint = get_args(hint)[0]
+    return hint

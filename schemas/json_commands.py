@@ -18,7 +18,7 @@ from dataclasses import fields
 from functools import partial
 from typing import Annotated, Any, get_args, get_origin
 
-from perdure.schemas import commands, durations, ids, limits, values
+from perdure.schemas import codec, commands, durations, ids, limits, values
 from perdure.schemas.commands import Command, SubmitBatch, SubmitTask
 from perdure.schemas.common import Retry
 from perdure.schemas.errors import DecodeError, InvalidRequest, ValueTooLarge
@@ -80,8 +80,7 @@ def parse(data: bytes) -> Command:
     try:
         command: Command = _build(COMMANDS[name], content, "")
         check(command)
-        if len(data) > limits.COMMAND_MAX:
-            raise ValueTooLarge(f"the command is {len(data):,} bytes; at most {limits.COMMAND_MAX:,} are taken")
+        _check_size(len(data))
     except InvalidRequest as error:
         raise InvalidCommand(
             error,
@@ -102,8 +101,24 @@ def check(command: Command) -> None:
         value = getattr(command, name)
         if value is not None:
             rule(value, name)
+    # All others are small, or never forwarded as a whole.
+    if isinstance(command, SubmitTask) and sum(map(len, _bulk(command))) > limits.COMMAND_MAX // 8:
+        _check_size(len(codec.encode(command)))
     if not isinstance(command, SubmitTask | SubmitBatch | commands.FindTasks) and not command.task_id:
         raise InvalidRequest("task_id is missing: name the task that the command is for", field="task_id")
+
+
+def _bulk(command: SubmitTask) -> list[bytes]:
+    """What of a submit is not short by its own rule; all the rest together is below half of what a command may be."""
+    labels = [text.encode() for label in command.labels.items() for text in label]
+    return [command.input, command.resources or b"", command.agent_config or b"", *labels]
+
+
+def _check_size(size: int) -> None:
+    """What is larger could not be forwarded to the task's partition: the envelope would not fit into a record."""
+    if size > limits.COMMAND_MAX:
+        message = f"the command is {size:,} bytes; at most {limits.COMMAND_MAX:,} are taken"
+        raise ValueTooLarge(message, field="command")
 
 
 def strict_loads(data: bytes) -> Any:

@@ -75,7 +75,8 @@ def _policy_bound(s: State, e: events.TaskPolicyBound) -> None:
     s.put(tables.task(e.task_id), tables.SPEC, replace(spec, policy=e.policy, policy_version=e.policy_version))
     s.put(scope, suffix, None)
     if e.policy.total_timeout is not None and "total" not in task.row.timers:
-        task.arm("total", mark.value + e.policy.total_timeout, relative=False)
+        since = min(mark.value, task.due(0))  # counted from a log time that was ahead
+        task.arm("total", since + e.policy.total_timeout, relative=False)
     if task.row.ready:
         s.put(*task.place(), rows.Ready(task_id=e.task_id))
         if e.policy.queue_timeout is not None:

@@ -49,7 +49,8 @@ def _scopes(s: State, session: Session) -> Iterator[bytes]:
 def _grant(s: State, m: Moment, task_id: str, session: Session) -> Outputs:
     yield from policies.bind(s, m, task_id)
     t = s.known(task_id)
-    size = _carried(s, task_id)
+    begun = begun_steps(s, task_id) if t.epoch else []
+    size = _carried(s, task_id, begun)
     if size > limits.INBOX_MAX:
         message = f"what a worker has to be told of the task is {size:,} bytes; at most {limits.INBOX_MAX:,} fit"
         error = ErrorInfo(type="too_large", message=message, error_types=["too_large"])
@@ -60,16 +61,16 @@ def _grant(s: State, m: Moment, task_id: str, session: Session) -> Outputs:
         **of_task(s, m, task_id), epoch=t.epoch + 1, attempt=attempt, worker_id=session.worker_id,
         session=session.session, grant=session.grants + 1,
     )  # fmt: skip
-    yield ToWorker(_run_attempt(s, task_id))
+    yield ToWorker(_run_attempt(s, task_id, begun))
     if s.known(task_id).steps_kept:
         yield ToWorker(step_page(s, task_id, after=""))
 
 
-def _carried(s: State, task_id: str) -> int:
+def _carried(s: State, task_id: str, begun: list[str]) -> int:
     """Upper bound of the size of a grant's record, but for an input that is within its own limit."""
     t, spec, policy = s.known(task_id), s.spec(task_id), policies.effective(s, task_id)
     texts = [
-        task_id, spec.type, *spec.labels, *spec.labels.values(), *t.milestones, *begun_steps(s, task_id),
+        task_id, spec.type, *spec.labels, *spec.labels.values(), *t.milestones, *begun,
         *(policy.retry.retry_on or ()), *(policy.retry.never_on or ()), policy.code_version,
         *(() if t.checkpoint is None else (*t.checkpoint.positions, t.checkpoint.uri)),
     ]  # fmt: skip
@@ -77,7 +78,7 @@ def _carried(s: State, task_id: str) -> int:
     return values + sum(len(text.encode()) + 10 for text in texts) + _GRANT_OVERHEAD
 
 
-def _run_attempt(s: State, task_id: str) -> inbox.RunAttempt:
+def _run_attempt(s: State, task_id: str, begun: list[str]) -> inbox.RunAttempt:
     t, spec = s.known(task_id), s.spec(task_id)
     policy = policies.effective(s, task_id)
     total = t.timers.get("total")
@@ -88,7 +89,7 @@ def _run_attempt(s: State, task_id: str) -> inbox.RunAttempt:
         deadline=None if total is None else total - s.clock.offset,
         run_timeout_left=None if policy.run_timeout is None else max(1, policy.run_timeout - t.run_used),
         agent_config=spec.agent_config, milestones=t.milestones, resources=spec.resources, labels=spec.labels,
-        begun_steps=begun_steps(s, task_id),
+        begun_steps=begun,
     )  # fmt: skip
 
 

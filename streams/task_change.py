@@ -58,17 +58,17 @@ class TaskChange:
         """Take timers back."""
         timers = self._timers()
         for kind in kinds:
-            due = timers.pop(kind, None)
-            if due is not None:
-                self.s.put(tables.TIMERS, tables.timer(due, kind, self.id), None)
-        self.changes["timers"] = timers
+            if kind in timers:
+                self.s.put(tables.TIMERS, tables.timer(timers[kind], kind, self.id), None)
+                self.changes["timers"] = timers = {k: due for k, due in timers.items() if k != kind}
 
     def disarm_all(self) -> None:
         """Take every timer back."""
         self.disarm(*self._timers())
 
     def _timers(self) -> dict[str, int]:
-        return dict(self.changes.get("timers", self.row.timers))
+        timers: dict[str, int] = self.changes.get("timers", self.row.timers)
+        return timers
 
     def time(self) -> int:
         """Partition time of the event."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -11,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -175,6 +177,41 @@ def test_a_broker_that_cannot_start_says_why(data_dir: Path) -> None:
     with pytest.raises(InfrastructureError, match=r"num\.io\.threads.*\(logs: .*logs\)"):
         EmbeddedKafka(data_dir, properties={"num.io.threads": "none"}).start()
     _until(lambda: not KafkaData(data_dir).is_locked(), "nothing is left running")
+
+
+def test_a_disk_without_room_is_named_although_the_logs_have_no_word_of_it(
+    data_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=0))
+    with pytest.raises(ConfigurationError, match=r"the disk of .*kafka is full: make room there"):
+        EmbeddedKafka(data_dir, properties={"num.io.threads": "none"}).start()
+
+
+_PREPARING = """
+import subprocess, sys
+from pathlib import Path
+from perdure.connectors import embedded_kafka
+def run(command, **options):  # the storage tool, as one that takes its time
+    options["stdout"].close()
+    print("formatting", flush=True)
+    subprocess.Popen([sys.executable, "-c", "input()"], stdin=sys.stdin, pass_fds=options["pass_fds"]).wait()
+embedded_kafka.subprocess.run = run
+embedded_kafka.find_java = lambda: embedded_kafka.Java(Path("java"), 17, "")
+embedded_kafka.EmbeddedKafka(Path(sys.argv[1])).start()
+"""
+
+
+def test_a_folder_stays_locked_while_a_killed_start_is_still_formatting_it(data_dir: Path) -> None:
+    command = [sys.executable, "-c", _PREPARING, str(data_dir)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as start:
+        assert start.stdin is not None
+        assert start.stdout is not None
+        assert start.stdout.readline() == b"formatting\n"
+        start.kill()
+        start.wait()
+        assert KafkaData(data_dir).is_locked()
+        start.stdin.close()
+    _until(lambda: not KafkaData(data_dir).is_locked(), "the tool ends")
 
 
 def test_not_ready_in_time_leaves_nothing_running(data_dir: Path) -> None:

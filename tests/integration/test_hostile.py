@@ -6,11 +6,13 @@ import random
 import signal
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+from confluent_kafka import Producer
 
 from perdure.schemas import codec, commands, limits, reports, topics
 from perdure.schemas.common import Usage
@@ -21,6 +23,7 @@ from tests.integration.stack import FAULTY, QUEUE, Stack, stack_on, until
 pytestmark = pytest.mark.kafka
 COUNT = 10_000
 LARGE = 36
+EXTREMES = (-1, 2**63 - 1, -(2**63))
 Place = tuple[int, int]
 
 
@@ -41,16 +44,29 @@ class Attacker:
     task_id: str
     epoch: int
 
-    def quarantine(self) -> bytes:
-        return self.draw.choice(
-            (self._noise, self._cut, self._tail, self._bomb, self._no_json, self._deep, self._foreign, self._forged)
-        )()
+    outputs: list[bytes | None]
+    """What the engine has written to its own topics."""
+    replays: list[bytes | None]
+    """Authentic records of an older session of the same worker, as anybody finds them in the topic."""
+
+    def quarantine(self) -> bytes | None:
+        return self.draw.choice((
+            self._nothing, self._noise, self._cut, self._tail, self._bomb, self._no_json, self._deep, self._foreign,
+            self._output, self._forged,
+        ))()  # fmt: skip
 
     def command_rejected(self) -> bytes:
         return self.draw.choice(_ILLEGAL)
 
-    def report_rejected(self) -> bytes:
-        return self.draw.choice((self._unsigned_session, self._unsigned_reports, self._token, self._stale))()
+    def report_rejected(self) -> bytes | None:
+        return self.draw.choice(
+            (self._unsigned_session, self._unsigned_reports, self._token, self._stale, self._replay)
+        )()
+
+    def _nothing(self) -> bytes | None:
+        """Without a value, or with nothing in it: the header alone, a byte order mark, blanks before the brace."""
+        whole = b'{"command": "PauseTask", "task_id": "etl/1"}'
+        return self.draw.choice((None, b"", codec.MARKER, b"{", b"\xef\xbb\xbf" + whole, b"\n " + whole))
 
     def _noise(self) -> bytes:
         start = self.draw.choice((b"", b"\x00", b"\xff", codec.MARKER, codec.MARKER + bytes(8)))
@@ -89,6 +105,13 @@ class Attacker:
             codec.encode(reports.AttemptCompleted(seq=1, result=b"null", usage=Usage())),
         ))  # fmt: skip
 
+    def _output(self) -> bytes | None:
+        """What the engine says, said to it: grants, events, rows of its state, answers."""
+        return self.draw.choice(self.outputs)
+
+    def _replay(self) -> bytes | None:
+        return self.draw.choice(self.replays)
+
     def _forged(self) -> bytes:
         """Host records without the engine's key: unsigned, or signed by a worker or a stranger."""
         inner = codec.encode(commands.CancelTask(command_id="forged", task_id=self.task_id))
@@ -109,11 +132,13 @@ class Attacker:
         return self._with_any_key(record, Keys.generate().newest_worker(), self.stack.keys.newest_engine())
 
     def _unsigned_reports(self) -> bytes:
-        return self._with_any_key(self._reports(self.session, self.epoch), Keys.generate().newest_worker())
+        epoch = self.draw.choice((self.epoch, *EXTREMES))
+        return self._with_any_key(self._reports(self.session, epoch), Keys.generate().newest_worker())
 
     def _token(self) -> bytes:
         """By a worker: a grant of another one, with a token that it has made up."""
-        return signed(self._reports(self.session, self.draw.randrange(3)), *self.stack.keys.newest_worker())
+        epoch = self.draw.choice((0, 1, 2, *EXTREMES))
+        return signed(self._reports(self.session, epoch), *self.stack.keys.newest_worker())
 
     def _stale(self) -> bytes:
         """By a worker whose session nobody knows."""
@@ -165,20 +190,54 @@ def large_command(number: int) -> bytes:
     return made
 
 
+def longest_command() -> bytes:
+    """A submit that fits into a record, but not into a forwarded one."""
+    value = b'"' + b"x" * (limits.VALUE_MAX - 10) + b'"'
+    sides = b'{"x": "' + b"x" * 163_797 + b'"}'
+    made = codec.encode(
+        commands.SubmitTask(
+            command_id="longest", task_id=f"{QUEUE}/longest", type="t", input=value, agent_config=sides, resources=sides
+        )
+    )
+    assert limits.RECORD_MAX - 20 < len(made) <= limits.RECORD_MAX
+    return made
+
+
+def big_records() -> list[tuple[str, bytes]]:
+    """As long as a broker takes them: (where they end, record)."""
+    blank = b'{"command": "SubmitTask", "type": "t", "queue": "etl"' + b" " * 511 * 1024 + b"}"
+    return [
+        ("command_rejected", blank),
+        ("quarantine", codec.MARKER + bytes(511 * 1024)),
+        ("quarantine", b"{" * 511 * 1024),
+        ("quarantine", blank + b" " * 400 * 1024),
+    ]
+
+
 def test_of_ten_thousand_hostile_records_each_ends_in_exactly_one_place(stack: Stack) -> None:
     engine = stack.engine()
-    stack.worker("--slots", "2", name="w")
+    worker = stack.worker("--slots", "2", name="w")
+    assert stack.result(stack.submit("add", {"a": 1, "b": 2})) == 3
+    replays = [s.record.value for s in stack.tail(topics.COMMANDS.name).whole() if _is_of_a_session(s.message)]
+    worker.kill()
+    stack.await_worker(worker.start())
     gate = stack.folder / "gate"
     running = stack.submit("gated", {"witness": str(stack.witness), "gate": str(gate)})
     stack.await_witness("gate", running.id, "1")
     (granted,) = stack.events(running.id, "TaskGranted")
-    attacker = Attacker(stack, random.Random(20_261_121), granted.session, running.id, 1)
+    outputs = [
+        s.record.value
+        for topic in (topics.EVENTS, topics.INBOX, topics.REPLIES, topics.CHANGELOG)
+        for s in stack.tail(topic.name).whole()
+    ]
+    attacker = Attacker(stack, random.Random(20_261_121), granted.session, running.id, 1, outputs, replays)
     good = stack.submit("files", {"witness": str(stack.witness), "count": 40})
     pid = engine.pid
 
-    sent = _attack(stack, attacker)
-    in_between = stack.submit("add", {"a": 1, "b": 2})
-    ended = until("the end of every record", lambda: _all_ended(stack, set(sent)))
+    with _producers(stack) as producers:
+        sent = _attack(stack, attacker, producers)
+        in_between = stack.submit("add", {"a": 1, "b": 2})
+        ended = until("the end of every record", lambda: _all_ended(stack, set(sent)))
     assert sum(ended.values()) == len(ended) == COUNT, "each in one place, once"
     wrong = {place: kind for place, kind in ended if sent[place] != kind}
     assert not wrong, "in the wrong place"
@@ -190,35 +249,59 @@ def test_of_ten_thousand_hostile_records_each_ends_in_exactly_one_place(stack: S
     assert stack.result(in_between) == 3
     assert len(stack.events(running.id, "TaskGranted")) == 1
     assert stack.messages("task-events", "AttemptLost") == []
-    assert len(stack.messages("task-events", "TaskSubmitted")) == 3
+    assert len(stack.messages("task-events", "TaskSubmitted")) == 4
     stack.check_store(engine)
 
 
-def _attack(stack: Stack, attacker: Attacker) -> dict[Place, str]:
-    """Write everything; where each record lies, and where it has to end."""
+def _is_of_a_session(message: Any) -> bool:
+    return isinstance(message, commands.WorkerBeat | reports.ReportBatch)
+
+
+def _attack(stack: Stack, attacker: Attacker, producers: list[Producer]) -> dict[Place, str]:
+    """Write everything, in every way that Kafka knows; where each record lies, and where it has to end."""
     sent: dict[Place, str] = {}
-    draw, home = attacker.draw, stack.home()
+    draw, home, partitions = attacker.draw, stack.home(), stack.log.partitions
+    headers: list[list[tuple[str, str | bytes | None]] | None] = [None, [("traceparent", b"\xff"), ("n", None)]]
 
-    def write(kind: str, value: bytes, partition: int) -> None:
-        def placed(found: int, offset: int) -> None:
-            sent[found, offset] = kind
+    def write(kind: str, value: bytes | None, partition: int) -> None:
+        def placed(error: Any, message: Any) -> None:
+            assert error is None, error
+            sent[message.partition(), message.offset()] = kind
 
-        stack.produce(value, partition=partition, placed=placed)
+        producer = draw.choice(producers)
+        producer.produce(
+            topics.COMMANDS.on(stack.prefix), value, draw.choice((None, b"", b"etl", draw.randbytes(40))), partition,
+            placed, headers=draw.choice(headers),
+        )  # fmt: skip
+        producer.poll(0)
 
     for number in range(LARGE):
-        write(
-            "command_rejected",
-            large_command(number),
-            (home + 1 + number % (stack.log.partitions - 1)) % stack.log.partitions,
-        )
-    for _ in range(COUNT - LARGE):
+        write("command_rejected", large_command(number), (home + 1 + number % (partitions - 1)) % partitions)
+    for partition in range(partitions):
+        write("command_rejected", longest_command(), partition)
+    for kind, value in big_records():
+        write(kind, value, draw.randrange(partitions))
+    for _ in range(COUNT - len(big_records()) - partitions - LARGE):
         kind = draw.choice(("quarantine", "command_rejected", "report_rejected"))
-        make: Callable[[], bytes] = getattr(attacker, kind)
+        make: Callable[[], bytes | None] = getattr(attacker, kind)
         # A session lives in its queue's partition; elsewhere the same reports are refused for another reason.
-        write(kind, make(), draw.randrange(stack.log.partitions))
-    stack.flush()
+        write(kind, make(), draw.randrange(partitions))
+    for producer in producers:
+        assert producer.flush(60) == 0
     assert len(sent) == COUNT
     return sent
+
+
+@contextmanager
+def _producers(stack: Stack) -> Iterator[list[Producer]]:
+    """Strangers' producers: plain, with each compression, and in a transaction that hangs and in the end is aborted."""
+    settings = {"bootstrap.servers": stack.bootstrap, "message.max.bytes": limits.OUTPUT_MAX, "acks": "all"}
+    plain = [Producer(settings | {"compression.type": c}) for c in ("none", "gzip", "snappy", "lz4", "zstd")]
+    foreign = Producer(settings | {"transactional.id": f"{stack.prefix}foreign", "transaction.timeout.ms": 600_000})
+    foreign.init_transactions(30)
+    foreign.begin_transaction()
+    yield [*plain, foreign]
+    foreign.abort_transaction(30)
 
 
 def _all_ended(stack: Stack, places: set[Place]) -> Counter[tuple[Place, str]] | None:
@@ -261,6 +344,54 @@ def _journeys(stack: Stack) -> dict[Place, Place]:
         if type(s.message).__name__ == "ForwardTaken"
     ]
     return {(cause.partition, cause.offset): queued[number] for number, cause in taken if number in queued}
+
+
+def test_authentic_records_sent_again_by_a_stranger_change_nothing(stack: Stack) -> None:
+    """Whoever may read and write task-commands needs no key to repeat what others have signed, in any partition."""
+    engine = stack.engine()
+    worker = stack.worker("--slots", "2", name="w")
+    ended = [stack.submit("files", {"witness": str(stack.witness), "count": 5}), stack.submit("broken")]
+    assert stack.result(ended[0]) == 10
+    stack.await_event(ended[1].id, "TaskDeadLettered")
+    stack.produce({"command": "SubmitTask", "type": "add", "input": {"a": 1, "b": 2}}, partition=(stack.home() + 1) % 4)
+    stack.flush()
+    until("the forwarded task", lambda: len(stack.messages("task-events", "TaskCompleted")) == 2)
+    worker.kill()
+    stack.await_worker(worker.start())
+    gate = stack.folder / "gate"
+    running = stack.submit("gated", {"witness": str(stack.witness), "gate": str(gate)})
+    stack.await_witness("gate", running.id, "1")
+    stack.await_event(running.id, "AttemptStarted")
+
+    captured = [s.record.value for s in stack.tail(topics.COMMANDS.name).whole() if s.message is not None]
+    before = _changes(stack)
+    for partition in range(stack.log.partitions):
+        for value in captured:
+            assert value is not None
+            stack.produce(value, partition=partition)
+    stack.flush()
+
+    last = stack.submit("add", {"a": 2, "b": 2})
+    assert stack.result(last) == 4
+    gate.touch()
+    assert stack.result(running) == 1
+    after = _changes(stack)
+    assert {task_id: after[task_id] for task_id in before if task_id != running.id} == {
+        task_id: happened for task_id, happened in before.items() if task_id != running.id
+    }
+    assert set(after) - set(before) == {last.id}
+    assert after[running.id] == [*before[running.id], "StepCompleted", "TaskCompleted"]
+    stack.check_store(engine)
+
+
+def _changes(stack: Stack) -> dict[str, list[str]]:
+    """What has happened to each task, but for refusals."""
+    found: dict[str, list[str]] = {}
+    for event in stack.messages(topics.EVENTS.name):
+        kind = type(event).__name__
+        if getattr(event, "task_id", None) and kind not in ("CommandRejected", "ReportRejected"):
+            found.setdefault(event.task_id, []).append(kind)
+    return found
 
 
 def test_a_decision_that_fails_sets_one_record_aside(stack: Stack) -> None:

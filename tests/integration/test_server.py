@@ -11,14 +11,18 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from perdure import server_main
 from perdure.projections import server
+from perdure.projections.processors import DEAD_LETTERS, PROGRESS
+from perdure.projections.progress import ProgressProcessor
 from perdure.projections.view_writer import Reading, ViewWriter
 from perdure.schemas import events, limits
 from perdure.schemas.codec import encode
@@ -121,9 +125,9 @@ def test_it_answers_and_follows_the_log(log: MemoryLog, db_path: Path) -> None:
     with running(log, db_path) as it:
         until(lambda: it.get("/health")[0] == 200, "the views are filled")
         assert it.get("/health")[1]["parts"] == {"views": "runs"}
-        assert it.get("/api/v1/tasks/etl%2Fa%2Fb/events")[1]["events"] == []
+        assert it.get("/api/v1/tasks/etl%2Fa%2Fb/events")[0] == 404
         append(log, "task-events", "etl/a/b", story.events[0])
-        until(lambda: it.get("/api/v1/tasks/etl%2Fa%2Fb/events")[1]["events"], "the event is in the views")
+        until(lambda: it.get("/api/v1/tasks/etl%2Fa%2Fb/events")[0] == 200, "the event is in the views")
         assert it.send("POST", "/api/v1/tasks/etl%2Fa%2Fb/cancel", b'{"reason":"x"}') == (
             200, {"accepted": True, "command": "CancelTask", "task_id": "etl/a/b", "reason": "x"},
         )  # fmt: skip
@@ -178,6 +182,45 @@ def test_it_stops_though_a_client_holds_its_connection(log: MemoryLog, db_path: 
         held.close()
 
 
+def test_clients_that_say_nothing_do_not_keep_others_out(
+    log: MemoryLog, db_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """More than the server has places for: some silent, some in the middle of a request's head, some after a request."""
+    monkeypatch.setattr(server, "PATIENCE_S", 1.0)
+    whole = b"GET /api/v1/queues HTTP/1.1\r\nHost: localhost\r\n\r\n"
+    with running(log, db_path) as it, ExitStack() as held:
+        host, _, port = it.url.removeprefix("http://").rpartition(":")
+        for i in range(600):
+            wire = held.enter_context(socket.create_connection((host, int(port)), timeout=30))
+            if i % 3 == 2:
+                wire.sendall(whole)
+                wire.recv(4_096)
+            if i % 3:
+                wire.sendall(whole[:20])
+        until(lambda: raw(it, ASK).split(b" ", 2)[1] == b"200", "the API answers")
+
+
+ASK = b"GET /api/v1/tasks HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
+
+
+def test_commands_that_wait_do_not_keep_questions_waiting(log: MemoryLog, db_path: Path) -> None:
+    decided = threading.Event()
+
+    def undecided(_: dict[str, Any]) -> Mapping[str, Any]:
+        decided.wait(60)
+        return {"accepted": True, "decided": False}
+
+    with running(log, db_path, commands=undecided) as it, ThreadPoolExecutor(100) as clients:
+        waiting = [clients.submit(it.send, "POST", "/api/v1/tasks", b'{"type":"x"}') for _ in range(100)]
+        try:
+            for _ in range(20):
+                assert it.get("/api/v1/tasks")[0] == 200
+            assert not any(w.done() for w in waiting)
+        finally:
+            decided.set()
+        assert {w.result()[0] for w in waiting} == {202}
+
+
 def raw(it: Running, request: bytes) -> bytes:
     """The answer to bytes as they are."""
     host, _, port = it.url.removeprefix("http://").rpartition(":")
@@ -225,7 +268,7 @@ def test_other_parts_run_until_the_server_stops(log: MemoryLog, db_path: Path) -
         stop.wait()
         ended.append(True)
 
-    with running(log, db_path, background=[part, part]) as it:
+    with running(log, db_path, background={"one": part, "other": part}) as it:
         assert len(it.get("/health")[1]["parts"]) == 3
         it.stop.set()
         assert it.ended() == 0
@@ -255,14 +298,14 @@ FAILURES: list[tuple[Callable[[threading.Event], None], str]] = [
 def test_a_part_that_dies_shows_in_health_and_ends_the_server(
     log: MemoryLog, db_path: Path, part: Callable[[threading.Event], None], told: str
 ) -> None:
-    with running(log, db_path, background=[waits, part], linger_s=600) as it:
+    with running(log, db_path, background={"waits": waits, "part": part}, linger_s=600) as it:
         until(lambda: it.get("/health")[1]["caught_up"], "the views are filled")
         status, health = it.get("/health")
-        assert (status, health["problems"]) == (503, [f"{part.__name__} #2 {told}"])
+        assert (status, health["problems"]) == (503, [f"part {told}"])
         assert it.get("/api/v1/tasks")[0] == 200
         it.stop.set()
         assert it.ended() == server.FAILED
-    with running(log, db_path, background=[part], linger_s=0) as it:
+    with running(log, db_path, background={"part": part}, linger_s=0) as it:
         assert it.ended() == server.FAILED  # by itself
 
 
@@ -282,8 +325,8 @@ def test_a_view_writer_that_dies_ends_the_server(
 FINE = Reading(caught_up=True, lag={"task-events": 3}, skew_ms=-20)
 PROBLEMS: list[tuple[dict[str, Any], str]] = [
     ({"reading": Reading()}, "still being filled"),
-    ({"reading": Reading(caught_up=True, skew_ms=limits.CLOCK_AGREES_MS + 1)}, "clocks"),
-    ({"reading": Reading(caught_up=True, skew_ms=-limits.CLOCK_AGREES_MS - 1)}, "clocks"),
+    ({"reading": Reading(caught_up=True, skew_ms=limits.CLOCK_AGREES_MS + 1)}, "30.0 s ahead"),
+    ({"reading": Reading(caught_up=True, skew_ms=-limits.CLOCK_AGREES_MS - 1)}, "30.0 s late"),
     ({"reading": Reading(caught_up=True, lag={"task-events": 10_001})}, "views: 10,001 records behind in task-events"),
     ({"reading": Reading(caught_up=True, problem="no broker")}, "no broker"),
     ({"lags": {"progress": {"task-events": 20_000}}}, "progress: 20,000 records behind"),
@@ -349,28 +392,15 @@ def test_a_signal_stops_it_cleanly(db_path: Path, number: signal.Signals) -> Non
 
 
 @pytest.mark.kafka
-def test_from_events_to_answers_on_kafka(kafka_bootstrap: str, topic_prefix: str, tmp_path: Path) -> None:
+def test_from_events_to_answers_on_kafka(
+    kafka_bootstrap: str, topic_prefix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Events become progress, dead letters and views; a rebuilt store says the same."""
-    from perdure.projections.processors import DEAD_LETTERS, PROGRESS
     from perdure.streams.kafka_log import KafkaLog
-    from perdure.streams.runner import Runner
     from perdure.streams.topology import create_topics
 
     create_topics(kafka_bootstrap, topic_prefix, partitions=2)
     log = KafkaLog(kafka_bootstrap, topic_prefix)
-
-    def projection(kind: Any) -> Callable[[threading.Event], None]:
-        def work(stop: threading.Event) -> None:
-            runner = Runner(log, kind, tmp_path / "state")
-
-            def end() -> None:
-                stop.wait()
-                runner.stop()
-
-            threading.Thread(target=end, daemon=True).start()
-            runner.run()
-
-        return work
 
     done, broken = Story("etl/done").running(), Story("mail/broken").running().failing()
     half = done.progress(fraction=0.5)
@@ -378,14 +408,25 @@ def test_from_events_to_answers_on_kafka(kafka_bootstrap: str, topic_prefix: str
     tell(log, producer, done, broken)
     producer.append("task-telemetry", where(log, "etl/done"), b"etl/done", encode(half))
 
-    parts = [projection(PROGRESS), projection(DEAD_LETTERS)]
-    with running(log, tmp_path / "views.db", background=parts) as it:
+    monkeypatch.setattr(server_main, "MEASURE_EVERY_S", 0.1)
+    may_fold, handle = threading.Event(), ProgressProcessor.handle
+    monkeypatch.setattr(ProgressProcessor, "handle", lambda *said: handle(*said) if may_fold.wait(60) else None)
+    parts = [server_main.Projection(log, kind, tmp_path / "state") for kind in (PROGRESS, DEAD_LETTERS)]
+    background = {p.name: p.run for p in parts}
+    with running(log, tmp_path / "views.db", background=background, lags=lambda: {p.name: p.lag for p in parts}) as it:
+        assert set(it.get("/health")[1]["parts"]) == {"views", "progress", "dead_letters"}
+        # Each story has a partition of its own, with a bad record more, and room for a marker less.
+        behind = len(done.events) + len(broken.events)
+        until(lambda: lag(it, "progress") == {"task-events": behind, "task-telemetry": 0}, "progress waits", 60)
+        may_fold.set()
         until(lambda: it.get("/api/v1/tasks/etl%2Fdone")[1].get("progress") == 0.5, "progress is folded", 60)
         until(lambda: it.get("/api/v1/dead-letters")[1]["dead_letters"], "the dead letter is folded", 60)
         done.then(events.TaskCompleted)
         producer.append("task-events", where(log, "etl/done"), b"etl/done", encode(done.events[-1]))
         until(lambda: it.get("/api/v1/tasks/etl%2Fdone")[1]["state"] == "COMPLETED", "the end is folded", 60)
         until(lambda: it.get("/health")[0] == 200, "all is read, transaction markers too")
+        until(lambda: lag(it, "progress") == {"task-events": 0, "task-telemetry": 0}, "progress says so too")
+        until(lambda: lag(it, "dead_letters") == {"task-events": 0}, "dead letters too")
         seen = everything(it)
     assert it.ended() == 0
     (tmp_path / "views.db").unlink()
@@ -397,6 +438,10 @@ def test_from_events_to_answers_on_kafka(kafka_bootstrap: str, topic_prefix: str
         assert everything(it) == seen
     assert it.ended() == 0
     producer.close()
+
+
+def lag(it: Running, projection: str) -> Any:
+    return it.get("/health")[1]["lag"][projection]
 
 
 def where(log: Any, task_id: str) -> int:

@@ -106,11 +106,14 @@ def test_a_note_that_nobody_holds_is_stale(data: KafkaData) -> None:
         assert data.holder() == {}
 
 
-def test_a_stopping_broker_is_waited_for(data: KafkaData, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("note", [b'{"pid": 4711, "keeper": 4710, "stopping": true}', b""], ids=["stopping", "new"])
+def test_a_broker_that_is_stopping_or_being_prepared_is_waited_for(
+    data: KafkaData, monkeypatch: pytest.MonkeyPatch, note: bytes
+) -> None:
     data.logs.mkdir(parents=True)
     held = os.open(data.folder / "broker.lock", os.O_RDWR | os.O_CREAT)
     fcntl.flock(held, fcntl.LOCK_EX)
-    os.write(held, b'{"pid": 4711, "keeper": 4710, "stopping": true}')
+    os.write(held, note)
     monkeypatch.setattr(kafka_data, "_PROBE_S", 0.0)
     monkeypatch.setattr(time, "sleep", lambda _s: os.close(held))  # the first wait sees it end
     with data.locked():
@@ -137,3 +140,11 @@ def test_extra_settings_win_and_are_escaped(data: KafkaData) -> None:
     assert "x=a\\\\b\\nc" in lines
     assert "advertised.listeners=PLAINTEXT://127.0.0.1:20001" in lines
     assert "auto.create.topics.enable=false" in lines
+
+
+def test_a_folder_that_cannot_be_made_is_one_line_that_says_what_to_do(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    data = KafkaData(tmp_path / "file" / "kafka")
+    refused = r"file/kafka/logs: Not a directory: .*use a data folder that you may write to"
+    with pytest.raises(ConfigurationError, match=refused), data.file_trouble_told(), data.locked():
+        pass

@@ -89,10 +89,13 @@ def test_a_bad_hash_names_the_jar_and_nothing_is_used(tmp_path: Path) -> None:
 def test_a_damaged_cache_is_replaced(tmp_path: Path) -> None:
     lock = _lock_file(tmp_path, "a", "b")
     jars = pinned_jars(lock, tmp_path / "cache", fetch=Origin(), say=_quiet)
-    jars.class_path[0].write_bytes(b"half")
-    jars.class_path[1].unlink()
-    repaired = pinned_jars(lock, tmp_path / "cache", fetch=Origin(), say=_quiet)
-    assert [path.read_bytes() for path in repaired.class_path] == [_bytes("a"), _bytes("b")]
+    for damage in (b"half", bytes(len(_bytes("a"))), None):
+        if damage is None:
+            jars.class_path[1].unlink()
+        else:
+            jars.class_path[0].write_bytes(damage)
+        repaired = pinned_jars(lock, tmp_path / "cache", fetch=Origin(), say=_quiet)
+        assert [path.read_bytes() for path in repaired.class_path] == [_bytes("a"), _bytes("b")]
 
 
 def test_processes_that_ask_at_the_same_time_fetch_once(tmp_path: Path) -> None:
@@ -162,3 +165,13 @@ def test_a_folder_named_in_the_environment_wins(tmp_path: Path, setting: str, fo
 def test_a_folder_without_kafka_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match=r"PERDURE_KAFKA_LIBS: .* must hold one kafka_2\.x-VERSION\.jar"):
         kafka_jars.kafka_jars({"PERDURE_KAFKA_LIBS": str(tmp_path)})
+
+
+def test_a_cache_that_cannot_be_written_is_one_line_that_says_what_to_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "perdure").touch()
+    monkeypatch.setattr(kafka_jars, "cache_folder", lambda: tmp_path / "perdure" / "kafka")
+    with pytest.raises(ConfigurationError, match=r"perdure/kafka.*: Not a directory: .* PERDURE_KAFKA_LIBS") as refused:
+        kafka_jars.kafka_jars({})
+    assert "\n" not in str(refused.value)

@@ -46,8 +46,7 @@ def run(*args: str, **more: Any) -> Any:
 def test_every_command_has_help_with_an_example_and_takes_json(path: tuple[str, ...]) -> None:
     result = run(*path, "--help")
     assert result.exit_code == 0
-    if path[0] != "kafka":
-        assert f"perdure {' '.join(path)}" in result.output.replace("Usage: ", "").partition("\n")[2]
+    assert f"perdure {' '.join(path)}" in result.output.replace("Usage: ", "").partition("\n")[2]
     if not isinstance(ALL[path], click.Group):
         assert "--json" in result.output
 
@@ -64,7 +63,8 @@ def test_the_commands_that_are_promised() -> None:
 HEAVY = {"confluent_kafka", "starlette", "uvicorn", "rocksdict", "pydantic", "fastavro", "rich", "psutil", "sqlite3"}
 
 
-@pytest.mark.parametrize("args", [["--help"], ["submit", "--help"], ["dlq", "list", "--help"], ["dev", "--help"]])
+@pytest.mark.parametrize("args", [["--help"], ["submit", "--help"], ["dlq", "list", "--help"], ["dev", "--help"],
+                                  ["demo", "--help"], ["worker", "--help"], ["kafka", "start", "--help"]])  # fmt: skip
 def test_help_imports_nothing_heavy(args: list[str]) -> None:
     code = f"""
 import sys
@@ -105,7 +105,9 @@ USAGE: list[tuple[list[str], str | None]] = [
     (["submit", "t", "--urgency", "1"], "urgency"),
     (["logs", "x", "-n", "-5"], "last_n"),
     (["list", "--limit", "0"], "limit"),
+    (["submit", "t", "--at", "nan"], "at"),
     (["worker"], "modules"),
+    (["worker", "-m", "t", "--queue", "No Queue"], "queue"),
     (["nonsense"], None),
 ]
 
@@ -173,6 +175,22 @@ def test_an_interrupt_ends_with_its_own_code(monkeypatch: pytest.MonkeyPatch) ->
 
     monkeypatch.setattr("perdure.cli_common.Session.settings", interrupted)
     assert run("list").exit_code == 130
+
+
+def test_a_place_that_cannot_be_used_is_told_by_its_name(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    result = run("keys", "new", "file/keys.json", "--json")
+    assert result.exit_code == 1
+    told = json.loads(result.stdout)["error"]
+    assert (told["code"], "file" in told["message"]) == ("configuration", True)
+
+
+def test_every_error_that_a_user_may_catch_is_named_in_one_place() -> None:
+    from perdure import errors as named
+    from perdure import failures, tasks
+
+    assert {named.StepOutcomeUnknown, named.InputMismatch} == {failures.StepOutcomeUnknown, tasks.InputMismatch}
+    assert named.TaskFailed is errors.TaskFailed
 
 
 def test_a_defect_is_not_dressed_up() -> None:

@@ -71,4 +71,19 @@ def test_a_second_stack_on_one_data_directory_is_refused(tmp_path: Path, detach:
         told = json.loads(result.stdout)["error"]
         assert f"(pid {process.pid})" in told["message"]
         assert "perdure dev stop" in told["message"]
+        assert "error: " not in told["message"]
         assert process.poll() is None
+
+
+def test_what_a_stack_in_the_background_says_is_passed_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = tmp_path / "python"
+    fake.write_text("#!/bin/sh\necho Kafka is ready\necho error: no worker\nexit 1\n")
+    fake.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(fake))
+    log = tmp_path / "there" / "logs" / "dev.log"
+    log.parent.mkdir(parents=True)
+    log.write_text("of another stack\n")
+    result = run("dev", "--data-dir", "there", "--detach")
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert result.stderr == f"Kafka is ready\nerror: the dev stack did not start: no worker (see {log})\n"
+    assert log.read_text().startswith("of another stack\n")

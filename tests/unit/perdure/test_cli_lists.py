@@ -108,6 +108,16 @@ def test_a_dead_letter(api: type[Api]) -> None:
     api.body = json.dumps(letter).encode()
     lines = run("dlq", "show", "etl/1").stdout.splitlines()
     assert lines == ["task_id  etl/1", "state    FAILED", "error    E: m", 'input    {"a": 1}']
+    letter["error"] = {"type": "E", "message": "m", "traceback": "Traceback:\n  at\x1b[2J\n"}
+    api.body = json.dumps(letter).encode()
+    assert run("dlq", "show", "etl/1").stdout.splitlines() == [*lines, "Traceback:", "  at\\x1b[2J"]
+
+
+def test_numbers_are_for_people(api: type[Api]) -> None:
+    api.body = json.dumps({"queues": [{"queue": "etl", "total": 3, "states": {"FAILED": 1, "PENDING": 2}}]}).encode()
+    assert "FAILED 1, PENDING 2" in run("queues").stdout
+    api.body = json.dumps({"workers": [{"worker_id": "w", "cpu_percent": 0.1995012468827932}]}).encode()
+    assert run("workers").stdout.split()[-1] == "0.2"
 
 
 def refusal(code: str) -> bytes:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from perdure import cli
+from perdure import api_client, cli
 from perdure import client as client_module
 from perdure.client import Client
 from perdure.schemas import codec, events, ids
@@ -19,10 +19,12 @@ from perdure.schemas.commands import (
     DescribeTask,
     DiscardDeadLetter,
     FindTasks,
+    PauseTask,
     RetryTask,
     SubmitTask,
 )
 from perdure.schemas.common import Cause, ErrorInfo
+from perdure.schemas.errors import NotFound
 from perdure.schemas.public import LogLine
 from perdure.streams.memory_log import MemoryLog
 from tests.unit.perdure.scripted_engine import NOT_FOUND, Answer, append_event, configure, running, status
@@ -40,8 +42,8 @@ def log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> MemoryLog:
     return made
 
 
-def run(*args: str, input: str | None = None) -> Any:
-    return CliRunner().invoke(cli.main, args, input=input)
+def run(*args: str, **more: Any) -> Any:
+    return CliRunner().invoke(cli.main, args, **more)
 
 
 def answering(**body: Any) -> Any:
@@ -62,6 +64,11 @@ def test_submit_prints_the_id_when_kafka_has_the_task(log: MemoryLog) -> None:
     assert (result.exit_code, result.stdout) == (0, "etl/x\n")
     sent = submitted(log)
     assert (sent.input, sent.priority, sent.labels, sent.run_timeout) == (b'{"a":1}', 7, {"team": "a=b"}, 21_600_000)
+
+
+def test_a_start_in_seconds_since_1970(log: MemoryLog) -> None:
+    assert run("submit", "t", "--at", "1900000000.5").exit_code == 0
+    assert submitted(log).not_before == 1_900_000_000_500
 
 
 def test_submit_as_json(log: MemoryLog) -> None:
@@ -114,6 +121,12 @@ def test_status_for_people(log: MemoryLog) -> None:
     assert "\x1b" not in result.stdout
 
 
+def test_an_estimate_is_told_in_whole_seconds(log: MemoryLog) -> None:
+    for seconds, told in ((0.2, "1s to go"), (59.96, "1m to go"), (7.4, "7s to go")):
+        with running(log, answering(progress=0.5, eta_seconds=seconds)):
+            assert told in run("status", "etl/1").stdout
+
+
 def test_status_of_a_failed_task_is_no_failure_of_the_command(log: MemoryLog) -> None:
     with running(log, answering(state="FAILED", error={"type": "builtins.ValueError", "message": "bad row"})):
         result = run("status", "etl/1")
@@ -146,6 +159,14 @@ def test_an_ambiguous_prefix_is_usage(log: MemoryLog) -> None:
     assert "etl/0192f3aa0, etl/0192f3aa1" in told["message"]
 
 
+def test_the_beginning_of_an_id_has_to_be_long_enough(log: MemoryLog) -> None:
+    with running(log, lambda *_: NOT_FOUND) as engine:
+        result = run("status", "0192f3a")
+    assert result.exit_code == 3
+    assert "8 characters" in result.stderr
+    assert [type(command) for _, command in engine.seen] == [DescribeTask]
+
+
 def test_a_prefix_with_its_routing_key_will_do(log: MemoryLog) -> None:
     def script(asked: Any, partition: int) -> Answer:
         if isinstance(asked, FindTasks):
@@ -163,6 +184,14 @@ def test_why(log: MemoryLog) -> None:
     with running(log, answering(**body)):
         assert run("why", "etl/1").stdout == "PENDING: waits in queue 'etl': no live worker\n"
         assert json.loads(run("why", "etl/1", "--json").stdout) == {"task_id": "etl/1", **body}
+
+
+def test_why_of_a_task_that_has_ended_says_it_once_and_cannot_steer_the_terminal(log: MemoryLog) -> None:
+    body = {"state": "FAILED", "why": "FAILED: E: \x1b[31mred", "error": {"type": "E", "message": "\x1b[31mred"}}
+    with running(log, answering(**body)):
+        assert run("why", "etl/1", color=True).stdout == "FAILED: E: \\x1b[31mred\n"
+        for command in ("wait", "watch"):
+            assert run(command, "etl/1", color=True).stdout.endswith("task etl/1 failed: E: \\x1b[31mred\n")
 
 
 HEAD: dict[str, Any] = {
@@ -198,6 +227,25 @@ def test_the_history_of_a_task_that_the_engine_has_forgotten(log: MemoryLog) -> 
         result = run("history", "etl/1", "--json", "--follow")
     assert result.exit_code == 0
     assert [json.loads(line)["kind"] for line in result.stdout.splitlines()] == ["TaskFailed", "TaskRetired"]
+
+
+def test_history_and_logs_need_no_engine(log: MemoryLog, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client_module, "_VERDICT_S", 0.05)
+    append_event(log, events.TaskQueued(**HEAD, seq=1, reason="queued"))
+    line = LogLine(task_id="etl/1", epoch=1, attempt=1, worker_id="w", number=1, at=NOW, stream="stdout", text="hi")
+    log.producer().append("task-logs", ids.partition_of("etl", log.partitions), b"etl/1", codec.encode(line))
+    assert "TaskQueued" in run("history", "etl/1").stdout
+    assert run("logs", "etl/1").stdout == "hi\n"
+    assert run("status", "etl/1").exit_code == 4
+
+
+def test_logs_of_a_whole_id_that_nobody_knows(log: MemoryLog) -> None:
+    def script(asked: Any, _: int) -> Answer:
+        return (True, {"body": {"ids": []}}) if isinstance(asked, FindTasks) else NOT_FOUND
+
+    with running(log, script):
+        result = run("logs", "etl/0192f3aa")
+    assert (result.exit_code, result.stdout) == (3, "")
 
 
 def test_logs(log: MemoryLog) -> None:
@@ -271,6 +319,31 @@ def test_watch_of_a_task_that_fails(log: MemoryLog) -> None:
     assert "E: m" in result.stdout
 
 
+def test_a_dead_letter_by_the_beginning_of_its_id(log: MemoryLog, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Api:
+        """A server that knows one dead letter, by its whole id."""
+
+        def __init__(self, settings: Any) -> None:
+            pass
+
+        def get(self, path: str, query: Any, name: str) -> dict[str, Any]:
+            if name != "etl/0192f3aa-1":
+                raise NotFound(f"task {name!r} is no dead letter")
+            return {"task_id": name}
+
+    def script(asked: Any, partition: int) -> Answer:
+        if isinstance(asked, FindTasks):
+            return True, {"body": {"ids": ["etl/0192f3aa-1"] if partition == 0 else []}}
+        return (True, {"task_id": "etl/living"}) if asked.task_id == "living" else NOT_FOUND
+
+    monkeypatch.setattr(api_client, "ApiClient", Api)
+    monkeypatch.setenv("PERDURE_BOOTSTRAP", "none:1")
+    with running(log, script):
+        assert run("dlq", "show", "0192f3aa").stdout == "task_id  etl/0192f3aa-1\n"
+        alive = run("dlq", "show", "living")
+    assert (alive.exit_code, alive.stderr) == (3, "error: task 'etl/living' is no dead letter\n")
+
+
 # Control -------------------------------------------------------------------------------------------------------------
 
 
@@ -286,12 +359,24 @@ def test_a_verb_tells_its_verdict(log: MemoryLog, verb: str) -> None:
 
 def test_a_verb_that_nobody_decides_is_safe_in_the_log(log: MemoryLog, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(client_module, "_VERDICT_S", 0.05)
-    with running(log, lambda asked, _: answering()(asked, 0) if isinstance(asked, DescribeTask) else None):
+    with running(log, lambda *_: None) as engine:
         result = run("pause", "etl/1", "--json")
         plain = run("pause", "etl/1")
+    assert [type(command) for _, command in engine.seen] == [PauseTask, PauseTask]  # nothing is asked first
     assert result.exit_code == 0
     assert json.loads(result.stdout)["decided"] is False
     assert "not yet decided" in plain.stdout
+
+
+def test_a_verb_takes_the_beginning_of_an_id_with_its_routing_key(log: MemoryLog) -> None:
+    def script(asked: Any, partition: int) -> Answer:
+        if isinstance(asked, FindTasks):
+            return True, {"body": {"ids": ["etl/0192f3aa-1"] if partition == 0 else []}}
+        return (True, {}) if asked.task_id == "etl/0192f3aa-1" else NOT_FOUND
+
+    with running(log, script):
+        result = run("pause", "etl/0192f3", "--json")
+    assert json.loads(result.stdout)["task_id"] == "etl/0192f3aa-1"
 
 
 def test_a_verb_that_is_refused(log: MemoryLog) -> None:

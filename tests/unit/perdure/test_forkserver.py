@@ -162,7 +162,7 @@ def test_the_fork_servers_death_is_the_end_of_all_its_children(tmp_path: Path) -
     with supervising(tmp_path, FAMILY) as supervisor:
         pids = begin_family(supervisor)
         supervisor.server.exits()  # learns the children's ids
-        (server,) = [p for p in psutil.Process().children() if "perdure.forkserver" in p.cmdline()]
+        (server,) = [p for p in psutil.Process().children() if "perdure.fork_main" in p.cmdline()]
         server.kill()
         wait_until(lambda: is_gone(pids[0]), "end of the child")
         with pytest.raises(InfrastructureError, match="signal 9"):
@@ -238,8 +238,9 @@ def test_modules_that_cannot_be_used_are_refused_in_one_message(tmp_path: Path, 
     module = tmp_path / "user_tasks.py"
     module.write_text("from perdure.tasks import task\n" + source)
     server = ForkServer([str(module)], checkpoints=tmp_path)
+    server.start()
     with pytest.raises(ConfigurationError, match=message) as caught:
-        server.start(60)
+        server.loaded(60)
     assert "user_tasks" in str(caught.value)
 
 
@@ -253,8 +254,9 @@ def test_a_module_by_name_finds_what_lies_beside_it(tmp_path: Path, monkeypatch:
     )
     monkeypatch.chdir(tmp_path)
     server = ForkServer(["user_app.jobs"], checkpoints=tmp_path / "checkpoints")
+    server.start()
     try:
-        assert list(server.start(60).types) == ["job"]
+        assert list(server.loaded(60).types) == ["job"]
     finally:
         server.stop()
 
@@ -275,8 +277,9 @@ def test_a_module_that_starts_threads_runs_with_spawn(tmp_path: Path) -> None:
 def test_an_import_without_end_is_given_up(tmp_path: Path) -> None:
     module = write_module(tmp_path, "import time; time.sleep(3600)")
     server = ForkServer([str(module)], checkpoints=tmp_path)
+    server.start()
     with pytest.raises(ConfigurationError, match="more than 1 s"):
-        server.start(1)
+        server.loaded(1)
 
 
 def test_unknown_start_method_is_refused() -> None:

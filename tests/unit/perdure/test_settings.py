@@ -105,7 +105,7 @@ def test_secrets_are_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
 BAD_FILES: list[tuple[str, str]] = [
     ("bootstap = 'a:1'", "bootstap"),
     ("bootstrap = [1]", "PERDURE_BOOTSTRAP"),
-    ("namespace = 'a b'", "namespace"),
+    ("namespace = 'a b'", r"namespace.*\[a-zA-Z0-9"),
     ("kafka = 5", "kafka"),
     ("no toml", "TOML"),
 ]

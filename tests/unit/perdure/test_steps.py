@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import datetime as dt
 import logging
+import operator
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -47,6 +48,35 @@ def test_identities() -> None:
         "track#2@000000000000/s",
         "/é%25",
     ]
+
+
+@pytest.mark.parametrize(
+    ("fn", "args", "name"),
+    [
+        (str.upper, ("x",), "builtins.str.upper"),
+        ((1).__add__, (2,), "builtins.int.__add__"),
+        (operator.itemgetter(0), ([1],), "operator.itemgetter"),
+        (once, (1,), f"{once.__module__}.once"),
+    ],
+)
+def test_whatever_can_be_called_can_be_a_step(fn: Any, args: tuple[Any, ...], name: str) -> None:
+    way = engine_for(lambda ctx: ctx.step("s", fn, *args), name="job").run()
+    assert result_of(way) == fn(*args)
+    assert way.of(channel.Step)[0].function == name
+
+
+@pytest.mark.parametrize("name", ["", None, 5, ["a"], "\ud800", "x" * 1025])
+def test_what_is_no_name_is_refused_for_good(name: Any) -> None:
+    failed = failure_of(engine_for(lambda ctx: ctx.step(name, once), name="job").run())
+    assert failed.final
+    assert failed.error_types[0] == f"{StepError.__module__}.StepError"
+
+
+@pytest.mark.parametrize("key", [object(), (once, 1), {"a", "b"}, frozenset("ab"), ""])
+def test_a_key_that_would_be_another_in_the_next_process_is_refused_for_good(key: Any) -> None:
+    failed = failure_of(engine_for(lambda ctx: ctx.step("s", once, key=key), name="job").run())
+    assert failed.final
+    assert failed.error_types[0] == f"{StepError.__module__}.StepError"
 
 
 def test_a_loop_left_by_break_or_error_is_left() -> None:

@@ -84,6 +84,17 @@ def test_one_name_for_two_functions_is_refused_and_a_reload_is_not() -> None:
         ({"retry": {"backoff": "linear"}}, "retry.backoff"),
         ({"retry": {"delay": "-1s"}}, "retry.delay"),
         ({"retry": {"retry_on": "NetworkError"}}, "retry.retry_on"),
+        ({"retry": {"retry_on": ValueError}}, "retry.retry_on"),
+        ({"retry": {"never_on": [ValueError()]}}, "retry.never_on"),
+        ({"retry": {"jitter": "no"}}, "retry.jitter"),
+        ({"retry": {"delay": True}}, "retry.delay"),
+        ({"queue": 5}, "queue"),
+        ({"name": 5}, "name"),
+        ({"name": "\ud800"}, "name"),
+        ({"on_failure": 5}, "on_failure"),
+        ({"checkpoint_storage": 5}, "checkpoint_storage"),
+        ({"strict_lease": "no"}, "strict_lease"),
+        ({"on_shutdown": None}, "on_shutdown"),
     ],
 )
 def test_bad_options_are_refused_by_name(options: dict[str, Any], field: str) -> None:
@@ -99,10 +110,41 @@ def test_what_is_no_task_function_is_refused() -> None:
 
     def only_keywords(*, ctx: Any) -> None: ...
 
+    def generator(ctx: Any) -> Any:
+        yield 1
+
+    async def async_generator(ctx: Any) -> Any:
+        yield 1
+
+    class Jobs:
+        def method(self, ctx: Any) -> None: ...
+        @classmethod
+        def of_class(cls, ctx: Any) -> None: ...
+
     register: Any = task(registry=Registry(), name="x")
-    for bad in (no_ctx, only_keywords, 7):
-        with pytest.raises(InvalidRequest):
+    for bad in (no_ctx, only_keywords, 7, generator, async_generator, Jobs, Jobs.method, vars(Jobs)["of_class"]):
+        with pytest.raises(InvalidRequest) as caught:
             register(bad)
+        assert caught.value.field == "function", bad
+
+
+def test_a_lambda_needs_a_name() -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        task(registry=Registry())(lambda ctx: 1)
+    assert caught.value.field == "name"
+    task(registry=Registry(), name="job")(lambda ctx: 1)
+
+
+def test_methods_that_need_no_self_are_task_functions() -> None:
+    class Jobs:
+        def bound(self, ctx: Any) -> None: ...
+        @staticmethod
+        def static(ctx: Any) -> None: ...
+
+    registry = Registry()
+    task(registry=registry)(Jobs().bound)
+    task(registry=registry)(Jobs.static)
+    assert [found.name for found in registry] == ["bound", "static"]
 
 
 def test_retry_given_as_object_mapping_or_nothing() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import runpy
 import subprocess
 import sys
 import threading
@@ -12,10 +13,12 @@ import time
 import types
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from perdure import testing
 from perdure.context import AsyncContext, Context
 from perdure.failures import AttemptStop
 from perdure.schemas.errors import (
@@ -137,6 +140,21 @@ def test_time_sleep_can_be_made_virtual(perdure_kit: Make, monkeypatch: pytest.M
     assert kit.submit(nap).result() == 86_400.5
     time.sleep(60)
     assert hours(kit) * 3600 == pytest.approx(86_460.5)
+
+
+def test_the_example_in_the_modules_text(tmp_path: Path) -> None:
+    def process_large_dataset(ctx: Context, dataset_path: str) -> dict[str, int]:
+        ctx.state.setdefault("sum", 0)
+        for number in ctx.track(range(1000)):
+            ctx.state["sum"] += ctx.step("number", int, number)
+        return {"sum": ctx.state["sum"]}
+
+    tasks = Registry()
+    task(registry=tasks)(process_large_dataset)
+    example = tmp_path / "example.py"
+    example.write_text((testing.__doc__ or "").split("```python")[1].split("```")[0])
+    names = runpy.run_path(str(example), {"myapp": types.SimpleNamespace(tasks=tasks)})
+    names["test_survives_everything"]()
 
 
 def test_every_run_is_the_same_run(perdure_kit: Make) -> None:

@@ -16,6 +16,7 @@ from perdure.checkpoint import interval_ms
 from perdure.connectors import checkpoints
 from perdure.context import Context
 from perdure.schemas import limits
+from perdure.schemas.errors import StepError
 from tests.unit.perdure.attempting import TASK, engine_for, failure_of, once, result_of
 
 
@@ -244,6 +245,41 @@ def test_a_set_cannot_be_tracked() -> None:
         list(ctx.track({"a", "b"}))
 
     assert "sort it" in failure_of(engine_for(job).run()).message
+
+
+@pytest.mark.parametrize("total", [-1, 2.5, float("nan"), float("inf"), "10", 1 << 63, True])
+def test_a_total_that_counts_nothing_is_refused_by_name(total: Any) -> None:
+    failed = failure_of(engine_for(lambda ctx: list(ctx.track([1, 2], total=total)), name="job").run())
+    assert "total" in failed.message
+    assert failed.error_types[0] == f"{StepError.__module__}.StepError"
+
+
+@pytest.mark.parametrize("total", [0, 1, 3, 1e6])
+def test_a_wrong_total_changes_no_item(total: Any) -> None:
+    way = engine_for(lambda ctx: list(ctx.track(iter([1, 2]), total=total)), name="job").run()
+    assert result_of(way) == [1, 2]
+    assert all(0 <= said.fraction <= 1 for said in way.of(channel.Progress) if said.fraction is not None)
+
+
+def test_tracks_side_by_side_are_refused() -> None:
+    """Their positions would be saved apart: one has gone on, the other has not."""
+
+    def job(ctx: Context) -> None:
+        for _ in zip(ctx.track(range(3), name="a"), ctx.track(range(3), name="b"), strict=True):
+            pass
+
+    assert "side by side" in failure_of(engine_for(job).run()).message
+
+
+def test_an_outer_track_goes_on_past_an_inner_one_that_is_kept() -> None:
+    def job(ctx: Context) -> list[str]:
+        kept, seen = [], []
+        for item in ctx.track("ab"):
+            kept.append(ctx.track("xy", name="inner"))
+            seen.append(item + next(kept[-1]))
+        return seen
+
+    assert result_of(engine_for(job).run()) == ["ax", "bx"]
 
 
 def test_too_many_tracks_are_refused_by_name() -> None:

@@ -20,6 +20,7 @@ from perdure.schemas.errors import (
     ValueTooLarge,
     WaitTimeout,
 )
+from perdure.schemas.json_commands import InvalidCommand
 from perdure.schemas.public import ConfigRecord, TaskProgress
 from tests.unit.projections.filling import filled, line, metrics, some, task, tell
 from tests.unit.projections.serving import ACCEPTED, Server
@@ -156,6 +157,7 @@ def test_attempts(server: Server) -> None:
 
 
 def test_log_lines(server: Server) -> None:
+    task(server.log, "etl/1")
     for i in range(5):
         append(server.log, "task-logs", "etl/1", line("etl/1", i, text="\x1b[31mred\u202e"))
     last = server.get("tasks/etl%2F1/logs?n=2")
@@ -213,6 +215,7 @@ BAD_QUESTIONS = [
     ("tasks?limit=1e2", "limit"),
     ("tasks?limit=%D9%A3", "limit"),  # a digit, but not one of ours
     ("tasks?label=env", "label"),
+    ("tasks?" + "&".join(["label=a=b"] * 65), "label"),
     ("tasks?cursor=xyz", "cursor"),
     ("tasks?cursor=W251bGwsbnVsbF0=", "cursor"),  # [null,null]
     ("tasks?cursor=WzFlOTksImEiXQ==", "cursor"),  # [1e99,"a"]
@@ -231,8 +234,44 @@ def test_a_bad_question_names_its_field(server: Server, path: str, field: str) -
     assert server.refused("GET", path) == (400, "invalid_request", field)
 
 
-def test_a_missing_task_is_not_found(server: Server) -> None:
-    assert server.refused("GET", "tasks/etl%2F1") == (404, "not_found", None)
+@pytest.mark.parametrize("path", ["", "/events", "/attempts", "/logs", "/logs?after=3"])
+def test_an_unknown_task_is_not_found(server: Server, path: str) -> None:
+    assert server.refused("GET", f"tasks/etl%2F1{path}") == (404, "not_found", None)
+    story = Story("etl/1")
+    story.then(events.TaskSubmitted)
+    tell(server.log, story)
+    assert server.get(f"tasks/etl%2F1{path}") is not None
+
+
+def test_the_same_state_over_and_over_is_one(server: Server) -> None:
+    some(server.log)
+    assert len(server.get("tasks?state=" + ",".join(["failed"] * 4_000))["tasks"]) == 1
+
+
+@pytest.mark.parametrize("method", ["HEAD", "OPTIONS", "PUT", "DELETE"])
+def test_other_methods_get_no_content_and_no_leave_for_other_origins(server: Server, method: str) -> None:
+    some(server.log)
+    filled(server.log, server.path)
+    response = server.ask(
+        method, "/api/v1/tasks", headers={"origin": "https://evil.example", "access-control-request-method": "POST"}
+    )
+    assert response.status_code == (200 if method == "HEAD" else 405 if method == "OPTIONS" else 403)
+    assert not [name for name in response.headers if name.startswith("access-control")]
+
+
+def test_paging_is_stable_while_tasks_come(server: Server) -> None:
+    for i in range(20):
+        task(server.log, f"etl/{i:02d}", at=1_000 + i // 4)  # several at the same moment
+    seen: list[str] = []
+    cursor: str | None = None
+    for page in range(10):
+        found = server.get("tasks", params={"limit": 3} | ({"cursor": cursor} if cursor else {}))
+        seen += [t["task_id"] for t in found["tasks"]]
+        task(server.log, f"etl/new{page}", at=5_000 + page)
+        cursor = found["next"]
+        if cursor is None:
+            break
+    assert seen == [f"etl/{i:02d}" for i in range(19, -1, -1)]
 
 
 def test_a_missing_store_is_told_without_details(server: Server, caplog: pytest.LogCaptureFixture) -> None:
@@ -276,12 +315,18 @@ def test_a_command_without_a_verdict_yet_is_accepted(server: Server) -> None:
     assert response.json()["decided"] is False
 
 
+NO_TASK = "not_found: no task has this id"  # the engine's words
+TOO_LARGE = InvalidCommand(
+    ValueTooLarge("the command is big"), command="SubmitTask", command_id="", task_id="", reply_to=None
+)
 ANSWERS: list[tuple[Mapping[str, Any] | Exception, tuple[int, str, str | None]]] = [
     ({"accepted": False, "reason": "not_found", "field": "task_id"}, (404, "not_found", "task_id")),
+    ({"accepted": False, "reason": NO_TASK, "field": "task_id"}, (404, "not_found", "task_id")),
     ({"accepted": False, "reason": "the task is COMPLETED", "field": None}, (409, "rejected", None)),
     (CommandRefused("no"), (409, "rejected", None)),
     (InvalidRequest("priority is 11", field="priority"), (400, "invalid_request", "priority")),
     (ValueTooLarge("input is big", field="input"), (413, "value_too_large", "input")),
+    (TOO_LARGE, (413, "value_too_large", None)),
     (DecodeError("command is 7"), (400, "invalid_request", "body")),
     (NotFound("no task"), (404, "not_found", None)),
     (WaitTimeout("later"), (503, "timeout", None)),

@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 from perdure.projections.inputs import Fact
 from perdure.projections.progress import ProgressProcessor, fold
 from perdure.schemas import events, topics
-from perdure.schemas.codec import decode_as, encode
+from perdure.schemas.codec import decode_as, encode, replace
 from perdure.schemas.common import Cause
 from perdure.schemas.public import TaskProgress
+from perdure.streams.store import META
 from tests.unit.projections.story import ERROR, FakeTransaction, Story, on_topic
 from tests.unit.schemas.building import records
 
@@ -96,13 +97,31 @@ def test_a_timeout_does_not_take_the_place_of_a_cancel() -> None:
 def test_pause_and_resume() -> None:
     story = Story().running()
     story.then(events.PauseRequested)
-    story.then(events.TaskPaused, due=5_000_000)
-    shows(
-        folded(story.events), state="PAUSED", reason="", stopping="none", due=5_000_000, running_since=None, eta_at=None
-    )
+    story.then(events.TaskPaused)
+    shows(folded(story.events), state="PAUSED", reason="", stopping="none", running_since=None, eta_at=None)
     story.then(events.TaskResumed)
     story.then(events.TaskQueued)
     shows(folded(story.events), state="PENDING", reason="queued", due=None)
+
+
+def test_what_a_task_waits_for_is_shown_in_log_time() -> None:
+    """The engine counts in partition time, here a day ahead; readers hold `due` against the time of day."""
+    day = 86_400_000
+    story = Story()
+    story.then(events.TaskSubmitted, not_before=9_000)
+    story.then(events.TaskQueued, reason="delayed", due=9_000 + day)
+    shows(folded(story.events), due=9_000)
+    story.running()
+    story.then(events.AttemptFailed)
+    story.then(events.RetryScheduled, at=50_000, delay=5_000, due=55_000 + day)
+    shows(folded(story.events), due=55_000)
+    story.then(events.TaskPaused, due=55_000 + day)
+    shows(folded(story.events), state="PAUSED", due=55_000)
+    story.then(events.TaskResumed)
+    story.then(events.TaskQueued, reason="retry_backoff", due=55_000 + day)
+    shows(folded(story.events), state="PENDING", due=55_000)
+    story.then(events.TaskQueued)
+    shows(folded(story.events), due=None)
 
 
 def test_a_pause_by_shutdown_says_so() -> None:
@@ -133,8 +152,9 @@ def test_time_without_user_code_is_no_running_time() -> None:
 def test_a_failed_attempt_backs_off_then_runs_again() -> None:
     story = Story().running()
     story.then(events.AttemptFailed)
-    story.then(events.RetryScheduled, due=7_000_000)
-    shows(folded(story.events), state="PENDING", reason="retry_backoff", due=7_000_000, error=ERROR, running_since=None)
+    story.then(events.RetryScheduled, delay=7_000)
+    due = story.at + 7_000
+    shows(folded(story.events), state="PENDING", reason="retry_backoff", due=due, error=ERROR, running_since=None)
     story.running(epoch=2, attempt=2)
     shows(folded(story.events), state="RUNNING", attempt=2, epoch=2, due=None)
     story.then(events.TaskCompleted)
@@ -198,12 +218,11 @@ def test_milestones_are_shown_until_they_are_too_much_for_a_record() -> None:
     assert len(shown) == 65  # 1,004 bytes each
 
 
-def test_a_rejection_moves_only_the_sequence() -> None:
+def test_an_event_that_says_nothing_of_the_state_moves_only_sequence_and_time() -> None:
     story = Story().running()
     before = folded(story.events)
-    story.then(events.TaskPolicyBound, policy=None, policy_version=1)
-    after = folded(story.events)
-    shows(after, seq=before.seq + 1, updated_at=before.updated_at)
+    bound = story.then(events.TaskPolicyBound, policy=None, policy_version=1)
+    assert folded(story.events) == replace(before, seq=before.seq + 1, updated_at=bound.at)
 
 
 def test_events_of_no_task_change_nothing() -> None:
@@ -289,24 +308,38 @@ def test_a_fraction_stays_within_its_bounds(said: float, shown: float | None) ->
     assert folded([*story.events, story.progress(fraction=said)]).progress == shown
 
 
-def test_older_telemetry_changes_nothing() -> None:
+def test_telemetry_told_twice_changes_nothing() -> None:
     story = Story().running()
     new = story.progress(fraction=0.5)
     known = folded([*story.events, new])
-    assert fold(known, story.progress(fraction=0.4, at=new.at - 1)) is known
     assert fold(known, new) is known
+
+
+def test_the_row_does_not_depend_on_which_topic_came_first() -> None:
+    story = Story().running()
+    first = story.progress(fraction=0.3, current_step="read")
+    story.then(events.StepCompleted)
     story.then(events.AttemptLost)
     story.running(epoch=2)
-    resumed = folded([*story.events[:4], new, *story.events[4:]])
-    assert resumed.progress == 0.5
-    assert fold(resumed, story.progress(fraction=0.9, epoch=1)) is resumed
+    second = story.progress(fraction=0.6, epoch=2, current_step="count")
+    story.then(events.AttemptLost, epoch=2)
+    expected = folded([*story.events[:6], first, *story.events[6:], second])
+    shows(expected, state="PENDING", progress=0.6, current_step="count")
+    for split in range(1, len(story.events) + 1):
+        told = [*story.events[:split], first, second, *story.events[split:]]
+        assert folded(told) == expected, split
 
 
-def test_telemetry_that_comes_behind_later_events_still_counts() -> None:
-    story = Story().running()
-    late = story.progress(fraction=0.3, current_step="read")
-    story.then(events.StepCompleted)
-    shows(folded([*story.events, late]), progress=0.3, current_step="read", updated_at=story.at)
+def test_telemetry_that_comes_before_the_submit_waits_for_it() -> None:
+    story, tx, processor = Story().running(), FakeTransaction(), ProgressProcessor()
+    early = [story.progress(fraction=0.3), story.progress(fraction=0.4, units_done=4, units_total=10)]
+    for fact in early:
+        processor.handle(on_topic(encode(fact)), tx)
+    assert [key for key in tx.rows if not key.startswith(META)] == []  # nothing public yet
+    for fact in story.events:
+        processor.handle(on_topic(encode(fact)), tx)
+    assert list(tx.rows) == [b"etl/1"]
+    assert decode_as(TaskProgress, tx.rows[b"etl/1"]) == folded([*story.events, *early])
 
 
 def test_progress_may_go_back_when_a_task_finds_more_work() -> None:
@@ -315,11 +348,17 @@ def test_progress_may_go_back_when_a_task_finds_more_work() -> None:
     shows(folded(facts), progress=0.3)
 
 
-def test_telemetry_does_not_touch_an_ended_task() -> None:
+def test_an_ended_task_shows_how_far_it_came() -> None:
+    """As the engine does; a completed one is complete, whatever it reported last."""
     story = Story().running()
-    late = story.progress(fraction=0.9, current_step="almost")
-    story.then(events.TaskCompleted)
-    shows(folded([*story.events, late]), progress=1.0, current_step=None, state="COMPLETED")
+    last = story.progress(fraction=0.9, current_step="almost", units_done=9)
+    done = story.then(events.TaskCompleted)
+    for facts in ([*story.events, last], [*story.events[:-1], last, done]):
+        shows(folded(facts), progress=1.0, current_step="almost", units_done=9, state="COMPLETED")
+    broken = Story().running()
+    half = broken.progress(fraction=0.5)
+    broken.failing()
+    shows(folded([*broken.events, half]), state="FAILED", progress=0.5)
 
 
 def test_the_end_is_estimated_from_the_pace() -> None:
@@ -346,6 +385,8 @@ def test_the_submitters_estimate_comes_before_any_pace() -> None:
     story = Story()
     story.then(events.TaskSubmitted, at=1_000, estimated_duration=60_000)
     assert folded(story.events).eta_at == 61_000
+    story = Story()
+    story.then(events.TaskSubmitted, at=1_000, estimated_duration=60_000, not_before=100_000)
     story.then(events.TaskQueued, at=2_000, reason="delayed", due=100_000)
     assert folded(story.events).eta_at == 160_000
     story.then(events.TaskGranted, at=100_000)

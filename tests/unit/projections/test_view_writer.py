@@ -133,11 +133,34 @@ def test_a_crash_in_a_batch_leaves_neither_rows_nor_positions(
     for i in range(3):
         task(log, f"etl/{i}")
     with monkeypatch.context() as patch, closing(ViewWriter(log, path, clock=log.clock)) as writer:
-        patch.setattr(writer, "_prune", lambda _: (_ for _ in ()).throw(sqlite3.OperationalError("disk is full")))
+        full = sqlite3.OperationalError("disk is full")
+        patch.setattr(writer, "_prune", lambda _: (_ for _ in ()).throw(full))
         with pytest.raises(Exception, match=r"disk is full.*filled again"):
             writer.step(0)
     assert Views(path).tasks().rows == []
     assert len(filled(log, path).tasks().rows) == 3
+
+
+@pytest.mark.parametrize("after", [4_096, 10 * 4_096])
+def test_a_damaged_store_is_deleted_and_filled_again(log: MemoryLog, path: Path, after: int) -> None:
+    """Damaged at its beginning (behind the page that says whose file it is), or among the rows alone."""
+    for i in range(200):
+        task(log, f"etl/{i}")
+    filled(log, path)
+    first = content(path)
+    size = path.stat().st_size
+    with path.open("r+b") as file:
+        file.seek(after)
+        file.write(b"\xff" * (size - after))
+    for i in range(200):
+        task(log, f"etl/{i}")
+    with (
+        pytest.raises(InfrastructureError, match=r"was damaged .* has been deleted"),
+        closing(ViewWriter(log, path, clock=log.clock)) as writer,
+    ):
+        drain(writer)
+    filled(log, path)
+    assert content(path) == first
 
 
 UNREADABLE = [
@@ -307,18 +330,33 @@ def skew(writer: ViewWriter) -> int | None:
     return writer.reading.skew_ms
 
 
-def test_the_clocks_are_compared_on_live_records_only(log: MemoryLog, path: Path, clock: Clock) -> None:
-    here = Clock(clock.now + 86_400_000)
-    task(log, "etl/old")  # a day old: latency, no skew
+def happen(log: MemoryLog, at: int) -> None:
+    """An event at a moment of the log's clock; the record bears the clock of the engine that wrote it."""
+    story = Story("etl/1", at=at)
+    append(log, "task-events", "etl/1", story.then(events.TaskSubmitted, at=at))
+
+
+def test_the_clocks_are_compared_on_live_events_only(log: MemoryLog, path: Path, clock: Clock) -> None:
+    day = 86_400_000
+    here = Clock(clock.now + day)
+    happen(log, clock.now)  # a day old: latency, no skew
     with writing(log, path, clock=here) as writer:
         assert skew(writer) is None
-        here.now = clock.now
         for late in (5_000, 200, 900):
-            here.now = clock.now + late
-            task(log, "etl/new")
+            happen(log, here.now - late)
             drain(writer)
         assert skew(writer) == -200
-        here.now = clock.now - 60_000
-        task(log, "etl/new")
+        happen(log, here.now + 60_000)
         drain(writer)
         assert skew(writer) == 60_000
+
+
+def test_the_clocks_of_those_who_write_are_not_taken_for_the_logs(log: MemoryLog, path: Path, clock: Clock) -> None:
+    """Only task-commands bears the broker's time: a log that is ten minutes behind shows in the events alone."""
+    with writing(log, path) as writer:
+        for _ in range(10):
+            happen(log, clock.now - 600_000)
+            task(log, "etl/new")
+            append(log, "worker-metrics", "w1", metrics())
+            drain(writer)
+        assert skew(writer) == -600_000

@@ -27,7 +27,7 @@ from perdure.schemas.commands import (
     SubmitTask,
 )
 from perdure.schemas.common import Retry
-from perdure.schemas.errors import DecodeError, InvalidRequest
+from perdure.schemas.errors import DecodeError, InvalidRequest, ValueTooLarge
 from perdure.schemas.json_commands import InvalidCommand, JsonNotAllowed, check, parse
 
 
@@ -283,6 +283,13 @@ def test_a_command_that_is_too_large_as_a_whole_is_refused() -> None:
     with pytest.raises(InvalidCommand) as caught:
         parse(b'{"command": "SubmitTask", "type": "t"' + padding + b"}")
     assert caught.value.code == "value_too_large"
+
+
+def test_a_command_of_any_form_that_could_not_be_forwarded_is_refused() -> None:
+    value = b'{"x":"' + b"x" * (limits.COMMAND_MAX // 3) + b'"}'
+    with pytest.raises(ValueTooLarge, match="at most 458,752 are taken"):
+        check(submit(command_id="c", queue="etl", input=value, agent_config=value, resources=value))
+    check(submit(command_id="c", queue="etl", input=value, agent_config=value))
 
 
 def test_a_refusal_stays_short_whatever_was_sent() -> None:
