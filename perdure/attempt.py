@@ -77,6 +77,7 @@ class Attempt:
         self._told_code = False
         # what a checkpoint holds, and when the next is due
         self.positions: dict[str, int] = {}
+        self._left: set[str] = set()
         self.milestones = list(grant.milestones)
         self._progress: dict[str, Any] = {}
         self._version = grant.checkpoint.version if grant.checkpoint else 0
@@ -334,7 +335,14 @@ class Attempt:
         inside, open_item = f"{path}@", f"{path}@{done:012d}/"
         for other in [p for p in self.positions if p.startswith(inside) and not p.startswith(open_item)]:
             del self.positions[other]
+        self._left = {other for other in self._left if not other.startswith(inside)}
         yield from self.boundary()
+
+    def leave_track(self, path: str) -> None:
+        """A loop was left in the middle of an item, which a resume does again. What the item has done to the state
+        must not be saved then: nothing is, until the item around it ends or the author asks for it.
+        """
+        self._left.add(path)
 
     def idempotency_key(self) -> str:
         """See `Context`."""
@@ -357,11 +365,14 @@ class Attempt:
         self.exchange.poll()
         if self._fatal is not None or self._stop in UNSAVED:
             self._check()
+        if explicit:
+            self._left.clear()
         if self._stop:
-            yield from self._save()
+            if not self._left:
+                yield from self._save()
             if self._stop:  # a pause may have been undone meanwhile
                 raise AttemptStop(self._stop)
-        elif explicit or self._is_due():
+        elif explicit or (self._is_due() and not self._left):
             yield from self._save(always=explicit)
 
     def _may_save(self) -> None:

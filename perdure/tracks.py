@@ -181,6 +181,9 @@ class Place(Protocol):
     def at_item(self, path: str, done: int) -> Flow[None]:
         """Stand between two items of a track: a boundary."""
 
+    def leave_track(self, path: str) -> None:
+        """A track was left in the middle of an item."""
+
     def report_units(self, done: int, total: int | None) -> None:
         """Say how far the outermost track is."""
 
@@ -227,6 +230,7 @@ class _Track:
         item = self._item
         if item is not None and self._sections.number() == self._section and item in self._sections.open_scopes():
             self._leave()
+            self._place.leave_track(self._path)
 
 
 class SyncTrack(_Track, Iterator[Any]):

@@ -52,6 +52,8 @@ TICK_TIMERS = 500
 STEPS_CHUNK = 500
 
 # Time
+TIME_MAX = 1 << 62
+"""Any time or span that is kept, ms: what a record from outside says may be anything."""
 BEAT_MS = 2_000
 LEASE_MS = 10_000
 START_DEADLINE_MS = 60_000

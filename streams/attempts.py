@@ -17,7 +17,7 @@ from perdure.schemas.common import ErrorInfo, Usage
 from perdure.schemas.events import ProgressReported
 from perdure.schemas.reports import Report, ReportEntry
 from perdure.schemas.rows import Mark, Step, TaskState
-from perdure.streams import ready_queue, tables, task_lifecycle
+from perdure.streams import ready_queue, routing, tables, task_lifecycle
 from perdure.streams.decision import Moment, Note, Outputs, Telemetry, ToWorker, of_partition, of_task
 from perdure.streams.state import State
 
@@ -33,7 +33,8 @@ def entry(s: State, m: Moment, session: str, e: ReportEntry, token_holds: bool) 
     fault = _fault(t, session, e, token_holds)
     if fault is not None:
         yield _rejected(s, m, e, session, fault, kind)
-        if fault in ("stale_epoch", "unknown_task"):
+        here = routing.partition_of(s, e.task_id) == s.partition  # not so: a batch that somebody sent on to here
+        if fault in ("stale_epoch", "unknown_task") and here:
             yield ToWorker(
                 inbox.RevokeAttempt(worker_id="", session=session, task_id=e.task_id, epoch=e.epoch, why=fault)
             )

@@ -53,9 +53,11 @@ class Engine:
         self._keys = keys
         self._out: list[Out] = []
         self._after: list[Send | Acknowledge] = []
+        self._careful = False
 
-    def execute(self, record: Record) -> None:
+    def execute(self, record: Record, *, careful: bool = False) -> None:
         """Execute one record. Never raises for what the record holds or brings about."""
+        self._careful = careful
         if self._attempt(record, lambda: self._run(record, self._read(record))):
             self._attempt(record, lambda: self._grant(record))
         else:
@@ -68,6 +70,8 @@ class Engine:
         kept_out, kept_after = len(self._out), len(self._after)
         try:
             work()
+            if self._careful:
+                s.check_rows()
             return True
         except Exception as error:  # noqa: BLE001 - whatever a record brings about, the next ones are executed
             s.undo()
@@ -132,7 +136,7 @@ class Engine:
             holds = authentic(data, message, self._keys.worker)
             tokens = (
                 [self._token_holds(message.session, e) for e in message.entries]
-                if isinstance(message, ReportBatch)
+                if holds and isinstance(message, ReportBatch)
                 else ()
             )
             return Input(message, holds, tokens)

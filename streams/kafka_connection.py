@@ -141,6 +141,7 @@ _PASSING = frozenset(
         KafkaError._TIMED_OUT,
         KafkaError._TRANSPORT,
         KafkaError._ALL_BROKERS_DOWN,
+        KafkaError._NOENT,
         KafkaError._STATE,
     }
 )

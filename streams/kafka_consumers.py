@@ -14,15 +14,12 @@ from confluent_kafka import (
     OFFSET_BEGINNING,
     OFFSET_END,
     Consumer,
-    ConsumerGroupTopicPartitions,
     KafkaError,
-    KafkaException,
     Message,
     TopicPartition,
 )
-from confluent_kafka.admin import AdminClient
 
-from perdure.schemas.errors import InfrastructureError, LogTruncated
+from perdure.schemas.errors import Fenced, InfrastructureError, LogTruncated
 from perdure.streams.kafka_connection import ASK_S, Connection, patiently, quiet
 from perdure.streams.log import BEGIN, END, Record
 from perdure.streams.log import TopicPartition as Where
@@ -144,8 +141,9 @@ class KafkaMember(_Consuming):
         own: dict[str, Any] = {
             "group.id": self.group, "partition.assignment.strategy": "range", "session.timeout.ms": 10_000,
             "heartbeat.interval.ms": 1_000, "isolation.level": "read_committed" if committed else "read_uncommitted",
-            "max.poll.interval.ms": 300_000, "error_cb": quiet,
+            "max.poll.interval.ms": 300_000, "error_cb": self._noted,
         }  # fmt: skip
+        self._fatal: KafkaError | None = None
         if instance is not None:
             own["group.instance.id"] = instance
         self._consumer = Consumer(log.config(_CONSUMER, own))
@@ -162,8 +160,15 @@ class KafkaMember(_Consuming):
         """What fences a member of an older generation, as of the last poll: generations change in polls only."""
         return self._metadata
 
+    def _noted(self, error: KafkaError) -> None:
+        """A fatal error comes here and nowhere else; the consumer reads nothing more after it."""
+        if error.fatal() or error.code() == KafkaError._FATAL:
+            self._fatal = error
+
     def read(self, max_records: int, timeout_s: float) -> list[Record]:
         self._owner = threading.get_ident()
+        if self._fatal is not None:
+            raise Fenced(f"{self.group}: the group has put this member out: {self._fatal.str()}")
         while self._asked:
             self._asked.popleft()()
         found = super().read(max_records, timeout_s)
@@ -176,22 +181,22 @@ class KafkaMember(_Consuming):
     def _committed(self, wanted: Iterable[Where], settled: bool) -> dict[Where, int | None]:
         """Positions of the group; `settled`: those of open transactions are waited for, which Kafka may end only later.
 
-        Asked by a client of its own: a consumer answers only from the thread that polls it.
+        Asked by a client of its own: a consumer answers only from the thread that polls it. An `AdminClient` would ask
+        too, but ends the process now and then when its broker does not answer (librdkafka's issue 4605).
         """
-        asked = ConsumerGroupTopicPartitions(self.group, [TopicPartition(self._log.prefix + t, p) for t, p in wanted])
+        partitions = [TopicPartition(self._log.prefix + t, p) for t, p in wanted]
+        level = "read_committed" if settled else "read_uncommitted"
+        own = {"group.id": self.group, "isolation.level": level, "error_cb": quiet}
 
-        def ask(admin: AdminClient) -> list[TopicPartition]:
-            answer = admin.list_consumer_group_offsets([asked], require_stable=settled, request_timeout=ASK_S)
-            found: list[TopicPartition] = answer[self.group].result().topic_partitions or []
-            for partition in found:
-                if partition.error is not None:
-                    raise KafkaException(partition.error)
-            return found
+        def ask() -> list[TopicPartition]:
+            consumer = Consumer(self._log.config(_CONSUMER, own))
+            try:
+                return consumer.committed(partitions, ASK_S)
+            finally:
+                consumer.close()
 
-        return {
-            (self._log.plain(f.topic), f.partition): f.offset if f.offset >= 0 else None
-            for f in self._log.ask(ask, f"no committed offsets of group {self.group}")
-        }
+        found = patiently(ask, f"no committed offsets of group {self.group}")
+        return {(self._log.plain(f.topic), f.partition): f.offset if f.offset >= 0 else None for f in found}
 
     def seek(self, topic: str, partition: int, offset: int) -> None:
         where = TopicPartition(self._log.prefix + topic, partition, _OFFSETS.get(offset, offset))

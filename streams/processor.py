@@ -28,8 +28,11 @@ class Out:
 class Processor(Protocol):
     """One partition of a stateful stream processor."""
 
-    def execute(self, record: Record) -> None:
-        """Process one record; never raises for what the record holds."""
+    def execute(self, record: Record, *, careful: bool = False) -> None:
+        """Process one record; never raises for what the record holds.
+
+        `careful`: see at once whether what it brings about can be written; else `writes` may raise `ValueError`.
+        """
 
     def set_aside_unread(self, record: Record, detail: str) -> None:
         """Pass over a record that has killed the process before, without touching it."""
@@ -127,7 +130,7 @@ class Table:
         self._tx = Transaction(self.store, self.name)
         self._positions = self._stored()
 
-    def execute(self, record: Record) -> None:
+    def execute(self, record: Record, *, careful: bool = False) -> None:  # noqa: ARG002 - rows are bytes already
         try:
             self.handle(record, self._tx)
         except Exception as error:  # noqa: BLE001 - a defect of a fold must not stop the others

@@ -11,11 +11,12 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Protocol, TypeVar
 
 from perdure.schemas import limits
-from perdure.schemas.errors import ConfigurationError, Unreachable
+from perdure.schemas.errors import ConfigurationError, Fenced, Unreachable
 from perdure.streams.crash_marks import CrashMarks
 from perdure.streams.log import BEGIN, Log, Member, Record, TopicPartition
 from perdure.streams.processor import Kind
@@ -27,6 +28,7 @@ _BUFFER_BYTES = 32 * 1024 * 1024
 _READ_S = 0.2
 _LOCK_WAIT_S = 15.0
 _JOIN_S = 60.0
+_REJOIN_S = 60.0
 T = TypeVar("T")
 
 
@@ -68,10 +70,12 @@ class Runner:
         self._failure: BaseException | None = None
         self._lanes: dict[int, Lane] = {}
         self._paused: set[int] = set()
-        self.member: Member = log.member(
-            kind.name, kind.inputs, instance=instance, committed=committed,
+        self._join = partial(
+            log.member, kind.name, kind.inputs, instance=instance, committed=committed,
             on_assigned=self._assigned, on_revoked=self._revoked,
         )  # fmt: skip
+        self._joined = time.monotonic()
+        self.member: Member = self._join()
 
     def stop(self) -> None:
         """Ask `run` to end: transactions under way are finished first."""
@@ -81,7 +85,7 @@ class Runner:
         """Read and hand out records until `stop`. Raises what a lane failed with."""
         try:
             while not self._stopping.is_set():
-                for record in self.member.read(limits.BATCH_RECORDS, _READ_S):
+                for record in self._read():
                     lane = self._lanes.get(record.partition)
                     if lane is not None:
                         lane.hand_over(record)
@@ -91,6 +95,21 @@ class Runner:
             self.member.close()
         if self._failure is not None:
             raise self._failure
+
+    def _read(self) -> list[Record]:
+        try:
+            return self.member.read(limits.BATCH_RECORDS, _READ_S)
+        except Fenced:
+            # A broker that stood still may take a member for its own successor. Soon again, it is another process that
+            # goes by the same name, and one of the two has to end.
+            if time.monotonic() - self._joined < _REJOIN_S:
+                raise
+        self._close_lanes(list(self._lanes))
+        self.member.close()
+        self._paused.clear()
+        self._joined = time.monotonic()
+        self.member = self._join()
+        return []
 
     def fail(self, error: BaseException) -> None:
         """A lane cannot go on."""

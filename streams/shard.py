@@ -154,9 +154,7 @@ class Shard:
     def _transact(self, records: list[Record]) -> None:
         """The four steps of the module's text. Raises `TransactionAborted`, `OutcomeUnknown` or `Fenced`."""
         # 1
-        for record in records:
-            self._execute(record)
-        out, writes = self.processor.take_out(), self.processor.writes()
+        out, writes = self._execute_all(records)
         # 2
         producer = self._producer
         producer.begin()
@@ -182,14 +180,27 @@ class Shard:
         if error is None:
             self._changelog_next = offset + 1
 
-    def _execute(self, record: Record) -> None:
+    def _execute_all(self, records: list[Record]) -> tuple[list[Out], dict[bytes, bytes | None]]:
+        """What the records bring about: output records and changes of state."""
+        for record in records:
+            self._execute(record)
+        try:
+            return self.processor.take_out(), self.processor.writes()
+        except (ValueError, TypeError):
+            # One of them has made a row that cannot be written. Executed with care, it alone is set aside.
+            self.processor.rolled_back()
+        for record in records:
+            self._execute(record, careful=True)
+        return self.processor.take_out(), self.processor.writes()
+
+    def _execute(self, record: Record, *, careful: bool = False) -> None:
         if self._marks is None:
-            self.processor.execute(record)
+            self.processor.execute(record, careful=careful)
         elif self._marks.is_killer(record.offset):
             self.processor.set_aside_unread(record, "executing this record has ended the process three times")
         else:
             self._marks.enter(record.offset)
-            self.processor.execute(record)
+            self.processor.execute(record, careful=careful)
             self._marks.leave()
 
     def _found_committed(self, last: Record, still_mine: Callable[[], bool]) -> bool:

@@ -244,6 +244,13 @@ class State:
         """Rows changed since the mark."""
         return len(self._undo)
 
+    def check_rows(self) -> None:
+        """Raise `ValueError` or `TypeError` if a row that has changed since the mark cannot be written."""
+        for scope, suffix, _, _ in self._undo:
+            row = self._dirty[scope][suffix]
+            if row is not None:
+                codec.encode(row)
+
     def undo(self) -> None:
         """Back to the mark."""
         while self._undo:

@@ -31,7 +31,7 @@ def tick(s: State, m: Moment, record: Tick) -> Outputs:
     """Time has passed, if log and host agree on it."""
     skew = record.host_clock - m.at
     if not clock.agrees(record, m.at):
-        yield Note(tables.MARKS, SKEW, Mark(value=abs(skew)))
+        yield Note(tables.MARKS, SKEW, Mark(value=min(abs(skew), limits.TIME_MAX)))
         return
     if s.get(tables.MARKS, SKEW) is not None:
         yield Note(tables.MARKS, SKEW, None)

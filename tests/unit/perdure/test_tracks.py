@@ -247,6 +247,58 @@ def test_a_set_cannot_be_tracked() -> None:
     assert "sort it" in failure_of(engine_for(job).run()).message
 
 
+class Left(Exception):
+    pass
+
+
+@pytest.mark.parametrize("by", ["break", "error"])
+@pytest.mark.parametrize("outer", [False, True])
+def test_what_an_item_did_before_it_was_left_is_not_done_twice(by: str, outer: bool) -> None:
+    """State and position agree in every checkpoint, also after a loop that ended in the middle of an item."""
+
+    def job(ctx: Context) -> int:
+        ctx.state.setdefault("sum", 0)
+        for _ in ctx.track([1], name="outer") if outer else [1]:
+            try:
+                for number in ctx.track(range(10), name="a"):
+                    ctx.state["sum"] += number
+                    if number == 5:
+                        if by == "break":
+                            break
+                        raise Left
+            except Left:
+                pass
+            for _ in ctx.track(range(10), name="b"):
+                engine.clock.now += 10_000
+        if ctx.epoch == 1:
+            raise ValueError
+        return int(ctx.state["sum"])
+
+    engine = engine_for(job, checkpoint_interval="5s")
+    engine.run()
+    assert result_of(engine.run()) == 15
+
+
+def test_an_outer_item_that_goes_on_makes_up_for_what_was_left_in_it() -> None:
+    def job(ctx: Context) -> None:
+        for _ in ctx.track(range(3), name="outer"):
+            for _ in ctx.track(range(3), name="inner"):
+                break
+            engine.clock.now += 10_000
+
+    engine = engine_for(job, checkpoint_interval="5s")
+    assert [saved.positions for saved in engine.run().of(channel.Checkpoint)] == [{"outer": n} for n in (1, 2, 3)]
+
+
+def test_an_explicit_checkpoint_is_saved_wherever_it_is_asked_for() -> None:
+    def job(ctx: Context) -> None:
+        for _ in ctx.track(range(3)):
+            break
+        ctx.checkpoint()
+
+    assert [saved.positions for saved in engine_for(job).run().of(channel.Checkpoint)] == [{"track": 0}]
+
+
 @pytest.mark.parametrize("total", [-1, 2.5, float("nan"), float("inf"), "10", 1 << 63, True])
 def test_a_total_that_counts_nothing_is_refused_by_name(total: Any) -> None:
     failed = failure_of(engine_for(lambda ctx: list(ctx.track([1, 2], total=total)), name="job").run())

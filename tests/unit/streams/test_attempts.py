@@ -10,7 +10,9 @@ import pytest
 from perdure.schemas import commands, events, inbox, limits, reports, topics
 from perdure.schemas.codec import replace
 from perdure.schemas.rows import TaskState
+from perdure.schemas.signing import signed
 from tests.world import (
+    KEYS,
     ScriptedWorker,
     World,
     begun,
@@ -399,3 +401,20 @@ def test_progress_is_published_and_shown() -> None:
     shown = scene.world.status(scene.task_id)
     assert (shown["progress"], shown["current_step"], shown["units_done"], shown["units_total"]) == (0.5, "load", 2, 4)
     assert [p.fraction for p in scene.world.all(topics.TELEMETRY)] == [0.25, 0.5]
+
+
+def test_a_batch_that_somebody_sends_on_to_another_partition_revokes_nothing() -> None:
+    """G4: the partition that owns the task is the only one to say that an epoch is over."""
+    world = World()
+    home, away = world.partition_of("default/t"), 1 - world.partition_of("default/t")
+    worker = ScriptedWorker(world).start()
+    world.send(signed(worker.started(), *KEYS.newest_worker()), away)
+    world.submit(task_id="default/t")
+    grant = worker.run()
+    batch = worker.batch(grant, step("a"))
+    world.send(batch, away)
+    assert not world.inbox(worker.session, inbox.RevokeAttempt)
+    assert [e.why for e in world.of_kind(events.ReportRejected)] == ["unknown_task"]
+    world.send(batch, home)
+    worker.report(grant, completed(1))
+    assert world.kinds("default/t")[-2:] == ["StepCompleted", "TaskCompleted"]

@@ -11,8 +11,10 @@ import pytest
 from perdure.schemas import codec, commands, events, ids, inbox, limits, reports, topics
 from perdure.schemas.codec import encode, replace
 from perdure.schemas.common import Usage
+from perdure.schemas.rows import Mark
 from perdure.schemas.signing import signed
-from perdure.streams import attempts, decide, submit, task_lifecycle, timers
+from perdure.streams import attempts, decide, submit, tables, task_lifecycle, timers
+from perdure.streams.decision import Note
 from tests.world import CLIENT, KEYS, MINUTE, SECOND, ScriptedWorker, World, begun, completed, step
 
 HOME = ids.partition_of("default", 2)
@@ -182,6 +184,34 @@ def test_a_decision_that_raises_costs_its_own_record_alone(monkeypatch: pytest.M
     assert {k: v for k, v in world.rows(HOME).items() if k[:1] not in (b"z", b"\xff")} == before
     assert not world.of_kind(events.TaskSubmitted)
     assert world.known(world.submit())
+
+
+def unwritable(*_: Any, **__: Any) -> Iterator[Any]:
+    """A decision whose row nothing can write: seen only when all of a batch's rows are."""
+    yield Note(tables.MARKS, b"defect", Mark(value=1 << 64))
+
+
+def test_a_row_that_cannot_be_written_costs_the_record_that_made_it_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """G7: the others of its batch are not concerned."""
+    world = World()
+    for n in range(3):
+        world.append(commands.SubmitTask(command_id=f"{n}", task_id=f"default/{n}", type="noop"), HOME)
+    world.append(commands.Tick(due=0, host_clock=world.now), HOME)
+    world.append(commands.SubmitTask(command_id="last", task_id="default/last", type="noop"), HOME)
+    with monkeypatch.context() as patch:
+        patch.setattr(timers, "tick", unwritable)
+        world.pump()
+    assert [q.cause for q in world.quarantined()] == ["defect"]
+    assert len(world.of_kind(events.TaskSubmitted)) == 4
+    assert world.known(world.submit())
+
+
+@pytest.mark.parametrize("host_clock", [-(1 << 63), (1 << 63) - 1])
+def test_a_tick_of_an_impossible_clock_fires_nothing_and_stops_nothing(host_clock: int) -> None:
+    world = World()
+    world.send(commands.Tick(due=-(1 << 63), host_clock=host_clock), HOME)
+    assert world.known(world.submit())
+    assert not world.quarantined()
 
 
 @pytest.mark.parametrize("defect", [raising, half], ids=["at once", "half way"])
