@@ -293,12 +293,15 @@ class Attempt:
         record = self._recorded.take(step.step_id)
         if record is None:
             return None
+        policy = self.grant.policy.step_mismatch
         found = differences(record, step.function, step.args_hash)
+        if policy != "warn" and record.code_version != self._type.code_version:
+            found.append(f"it was recorded by code version {record.code_version}, this is {self._type.code_version}")
         if found:
             text = f"the recorded step {step.step_id} is another one now: {' and '.join(found)}"
-            if self.grant.policy.step_mismatch == "fail":
+            if policy == "fail":
                 raise self._final(StepMismatch(f"{text}; give the new step another name, or roll the task back"))
-            again = self.grant.policy.step_mismatch == "rerun"
+            again = policy == "rerun"
             self.log.warning("%s; %s", text, "it runs again" if again else "its recorded result is used")
             return None if again else record
         self._compare_code(record.code_version, "steps were")
@@ -467,10 +470,11 @@ class Attempt:
     def milestone(self, name: str) -> None:
         """See `Context`."""
         self._check()
-        if not isinstance(name, str) or not name or len(name.encode()) > limits.TEXT_MAX:
+        if not isinstance(name, str) or not 1 <= len(name.encode(errors="replace")) <= limits.TEXT_MAX:
             raise InvalidRequest(
                 f"{name!r} is no name for a milestone: 1 to {limits.TEXT_MAX} bytes of text", field="name"
             )
+        name = name.encode(errors="replace").decode()
         if name in self.milestones:
             return
         if len(self.milestones) >= limits.MILESTONES_MAX:

@@ -6,7 +6,7 @@ import hashlib
 from dataclasses import dataclass
 from typing import Any
 
-from perdure.schemas import values
+from perdure.schemas import limits, values
 from perdure.schemas.errors import InfrastructureError
 
 STATE_MAX = 1 << 30
@@ -59,4 +59,4 @@ def interval_ms(fixed_ms: int | None, elapsed_ms: float, last_save_ms: float) ->
     """Time between two checkpoints: `fixed_ms` if set, else rising with the task's age and with what they cost."""
     if fixed_ms is not None:
         return fixed_ms
-    return min(max(min(elapsed_ms / 200, max(10_000, 1_000 * last_save_ms)), 1_000), 300_000)
+    return min(max(min(elapsed_ms / 200, max(10_000, 1_000 * last_save_ms)), 1_000), limits.CHECKPOINT_INTERVAL_MAX)

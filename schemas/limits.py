@@ -67,6 +67,8 @@ RETAIN_MS = 7 * 24 * 3600 * 1000
 """How long the engine knows an ended task and its answers, at least 24 h; dead letters stay until discarded."""
 FORWARD_RESEND_MS = 5_000
 ORPHAN_AFTER_MS = 600_000
+CHECKPOINT_INTERVAL_MAX = 300_000
+"""Between checkpoints of a type that says nothing of its own."""
 VERDICT_MS = 5_000
 """How long a client waits for the engine's verdict."""
 

@@ -62,11 +62,13 @@ class TaskState:
     clock_since: A[int, "Since when the queue clock (ready) or the run clock (started) is running."] = 0
     queue_used: A[int, "Time already spent in the queue by this wait, ms."] = 0
     run_used: A[int, "Running time already spent by this attempt, ms."] = 0
+    ran: A[int, "Running time of all grants that have ended, ms."] = 0
     timers: A[dict[str, int], "Timer kind -> due."] = field(default_factory=dict)
     steps_kept: A[int, "Step rows in the state."] = 0
     steps_completed: A[int, "Steps recorded in all."] = 0
     milestones: A[list[str], "Milestones reached, in order."] = field(default_factory=list)
     checkpoint: A[CheckpointRef | None, "The newest recorded checkpoint."] = None
+    checkpoint_at: A[int | None, "When it was recorded."] = None
     crashes: A[int, "Process deaths in a row without a new step or checkpoint."] = 0
     sessions_lost: A[int, "Sessions lost under this task."] = 0
     error: A[ErrorInfo | None, "The last error."] = None

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from perdure.schemas import limits
 from perdure.schemas.inbox import CommandReply
 from perdure.schemas.rows import TaskSpec, TaskState
-from perdure.streams import tables
+from perdure.streams import policies, tables
 from perdure.streams.decision import Moment
 from perdure.streams.state import State
 
@@ -60,6 +61,7 @@ def status(s: State, m: Moment, task_id: str) -> dict[str, Any]:
         "error": dict(t.error.__dict__) if t.error else None,
         "usage": dict(t.usage.__dict__) if t.usage else None,
         "checkpoint_version": t.checkpoint.version if t.checkpoint else None,
+        "checkpoint_overdue_seconds": _seconds(_unsaved(s, m, t, task_id)),
         "cancel_reason": t.stop_detail if t.state == "CANCELLED" or t.stopping == "cancelling" else None,
         "timeout": t.stop_detail if t.state == "TIMED_OUT" or t.stopping == "timing_out" else None,
         "dead_letter": t.dead_letter, "estimated_duration_seconds": _seconds(spec.estimated_duration),
@@ -93,7 +95,9 @@ def why(s: State, m: Moment, task_id: str, reason: str) -> str:
         doing = _DOING[t.stopping]
         session = s.sessions.get(t.session)
         silent = "" if session is None or session.state != "suspect" else "; the worker has not been heard of lately"
-        return f"{doing} on worker {t.worker_id}, attempt {t.attempt}, epoch {t.epoch}{silent}"
+        unsaved = _unsaved(s, m, t, task_id)
+        overdue = "" if unsaved is None else f"; no checkpoint for {unsaved / 1000:.0f} s: the next is overdue"
+        return f"{doing} on worker {t.worker_id}, attempt {t.attempt}, epoch {t.epoch}{silent}{overdue}"
     if t.state == "PAUSED":
         return "paused by shutdown; resume it" if reason == "shutdown" else "paused; resume it"
     if t.error is not None and t.state in ("FAILED", "TIMED_OUT"):
@@ -108,12 +112,22 @@ def _able(s: State, spec: TaskSpec) -> list[Any]:
 
 def _eta_seconds(m: Moment, t: TaskState, spec: TaskSpec, fraction: float | None) -> float | None:
     """Remaining time at the pace so far; the submitter's estimate before there is a pace."""
-    if t.finished_at is not None:
+    if t.state not in ("PENDING", "RUNNING"):
         return None
-    elapsed = t.run_used + (m.now - t.clock_since if t.started else 0)
+    wait = 0 if t.due is None else max(0, t.due - m.now)
+    elapsed = t.ran + (m.now - t.clock_since if t.started else 0)
     if fraction is not None and fraction > 0 and elapsed > 0:
-        return round(elapsed * (1 - fraction) / fraction / 1000, 3)
-    return None if spec.estimated_duration is None else max(0, spec.estimated_duration - elapsed) / 1000
+        return round((wait + elapsed * (1 - fraction) / fraction) / 1000, 3)
+    return None if spec.estimated_duration is None else (wait + max(0, spec.estimated_duration - elapsed)) / 1000
+
+
+def _unsaved(s: State, m: Moment, t: TaskState, task_id: str) -> int | None:
+    """ms since the last checkpoint of a running task, if the next one is overdue by two intervals."""
+    if t.state != "RUNNING" or not t.started:
+        return None
+    since = m.now - max(t.clock_since, t.checkpoint_at or 0)
+    interval = policies.effective(s, task_id).checkpoint_interval or limits.CHECKPOINT_INTERVAL_MAX
+    return since if since > 3 * interval else None
 
 
 def _seconds(ms: int | None) -> float | None:

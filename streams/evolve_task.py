@@ -204,7 +204,7 @@ def _checkpoint(s: State, e: events.CheckpointRecorded) -> None:
     task = TaskChange(s, e)
     ref = CheckpointRef(version=e.version, uri=e.uri, sha256=e.sha256, size=e.size, positions=e.positions)
     _put_live(s, e.task_id, active=task.due(0))
-    task.save(checkpoint=ref, crashes=0, sessions_lost=0)
+    task.save(checkpoint=ref, checkpoint_at=task.time(), crashes=0, sessions_lost=0)
 
 
 # Pause, resume, cancel, stop -----------------------------------------------------------------------------------------

@@ -107,9 +107,9 @@ class TaskChange:
             declined = getattr(self.event, "why", "") == "declined"
             changed = replace(session, running=max(0, session.running - 1), full=session.full and declined)
             self.s.put(tables.SESSIONS, t.session.encode(), changed)
-        used = t.run_used + (self.time() - t.clock_since if t.started else 0)
+        ran = max(0, self.time() - t.clock_since) if t.started else 0
         self.disarm("run", "start")
-        self.changes |= {"session": "", "started": False, "run_used": max(0, used)}
+        self.changes |= {"session": "", "started": False, "run_used": t.run_used + ran, "ran": t.ran + ran}
         usage = getattr(self.event, "usage", None)
         if usage is not None:
             self.changes["usage"] = usage

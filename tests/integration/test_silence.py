@@ -71,6 +71,14 @@ def test_a_machine_that_stood_still_has_lost_nothing(kafka: EmbeddedKafka, stack
     _alive_and_equal(stack, work)
 
 
+def test_a_broker_that_stood_still_has_cost_nothing(kafka: EmbeddedKafka, stack: Stack) -> None:
+    work = Work(stack)
+    with stopped(kafka.pid):
+        time.sleep(STILL_S)  # the fault itself
+    work.check()
+    _alive_and_equal(stack, work)
+
+
 def test_a_broker_that_was_away_has_cost_nothing(kafka: EmbeddedKafka, stack: Stack) -> None:
     work = Work(stack)
     bootstrap = kafka.bootstrap

@@ -250,18 +250,28 @@ def test_a_recorded_step_with_another_function_or_arguments(
     assert bool(caplog.records) == (differs and policy != "fail")
 
 
-def test_another_code_version_alone_only_warns_once(caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("policy", ["warn", "fail", "rerun"])
+def test_another_code_version_is_a_mismatch_by_policy_and_else_told_once(
+    caplog: pytest.LogCaptureFixture, policy: str
+) -> None:
     def job(ctx: Context) -> None:
         for i in range(5):
             ctx.step("s", once, key=i)
         assert ctx.epoch > 1
 
-    engine = engine_for(job, step_mismatch="fail")
+    engine = engine_for(job, step_mismatch=policy)
     engine.run()
     engine.type = dataclasses.replace(engine.type, code_version="v2")
     with caplog.at_level(logging.WARNING):
-        result_of(engine.run())
-    assert [record.message for record in caplog.records] == ["steps were recorded by code version v1, this is v2"]
+        way = engine.run()
+    if policy == "fail":
+        assert failure_of(way).error_types[0].endswith("StepMismatch")
+        assert "code version v1, this is v2" in failure_of(way).message
+    else:
+        result_of(way)
+        assert len(way.of(channel.Step)) == (5 if policy == "rerun" else 0)
+        assert len(caplog.records) == (5 if policy == "rerun" else 1)
+        assert "recorded by code version v1, this is v2" in caplog.records[0].message
 
 
 def test_arguments_that_are_no_json_are_not_compared() -> None:

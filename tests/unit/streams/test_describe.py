@@ -7,7 +7,20 @@ import pytest
 from perdure.schemas import commands
 from perdure.schemas.reports import ReportProgress
 from tests.unit.streams.test_task_lifecycle import STATES, TYPES, make
-from tests.world import HOUR, MINUTE, SECOND, ScriptedWorker, World, begun, completed, failed, progress, step
+from tests.world import (
+    HOUR,
+    MINUTE,
+    SECOND,
+    ScriptedWorker,
+    World,
+    begun,
+    checkpoint,
+    completed,
+    failed,
+    progress,
+    step,
+    stopped,
+)
 
 SHOWN = {
     "task_id", "type", "state", "reason", "progress", "current_step", "steps_completed", "total_steps", "units_done",
@@ -49,6 +62,46 @@ def test_progress_elapsed_time_and_estimate() -> None:
     worker.report(worker.grant(), completed({"n": 1}))
     shown = world.status(task_id)
     assert (shown["progress"], shown["eta_seconds"], shown["result"]) == (1.0, None, {"n": 1})
+
+
+def test_the_pace_is_that_of_all_attempts_and_a_wait_counts() -> None:
+    world = World(types={"noop": {"retry": {"max_attempts": 2, "delay": HOUR, "max_delay": HOUR, "jitter": False}}})
+    worker = ScriptedWorker(world, beating=True).start()
+    task_id = world.submit()
+    worker.run()
+    world.advance(MINUTE)
+    worker.report(worker.grant(), progress(0.5), failed("ValueError"))
+    assert world.status(task_id)["eta_seconds"] == 3660
+    world.advance(HOUR + SECOND)
+    worker.report(worker.run(), progress(0.5))
+    assert world.status(task_id)["eta_seconds"] == 60, "not at once, as the second attempt alone would have it"
+    world.do(commands.PauseTask, task_id)
+    worker.report(worker.grant(), stopped("paused"))
+    assert world.status(task_id)["eta_seconds"] is None
+
+
+@pytest.mark.parametrize(("interval", "allowed"), [(None, 15 * MINUTE), (20 * SECOND, MINUTE)])
+def test_a_checkpoint_that_is_overdue_by_two_intervals_shows(interval: int | None, allowed: int) -> None:
+    world = World()
+    worker = ScriptedWorker(world, beating=True).start()
+    task_id = world.submit(checkpoint_interval=interval)
+    worker.run()
+
+    def overdue() -> bool:
+        shown = world.status(task_id)
+        assert (shown["checkpoint_overdue_seconds"] is not None) == ("overdue" in shown["why"])
+        return shown["checkpoint_overdue_seconds"] is not None
+
+    world.advance(allowed)
+    assert not overdue()
+    world.advance(SECOND)
+    assert overdue()
+    worker.report(worker.grant(), checkpoint(1))
+    assert not overdue()
+    world.advance(allowed + SECOND)
+    assert overdue()
+    worker.report(worker.grant(), completed())
+    assert not overdue()
 
 
 def test_units_make_the_fraction_where_none_is_told() -> None:
