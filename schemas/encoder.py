@@ -34,17 +34,23 @@ _TABLE = 16_384
 _SMALL = tuple(_varint(n << 1) for n in range(_TABLE))
 _SMALL_PRESENT = tuple(b"\x02" + small for small in _SMALL)
 """The same behind the index of a union's second branch: a number, or a length, that is there."""
+_ENDS = tuple(_varint(z) for z in range(_TABLE))
+_GOES_ON = tuple(bytes((z & 0x7F | 0x80, z >> 7 | 0x80)) for z in range(_TABLE))
+"""14 bits of a varint: its end, or two bytes that more follow."""
 _LONG_MIN, _LONG_MAX = -(1 << 63), (1 << 63) - 1
 _pack_double = struct.Struct("<d").pack
 
 
 def long(n: int) -> bytes:
     """A zigzag varint. Raises `ValueError` outside of 64 bits."""
-    if 0 <= n < _TABLE:
-        return _SMALL[n]
     if not _LONG_MIN <= n <= _LONG_MAX:
         raise ValueError(f"{n} does not fit into 64 bits")
-    return _varint((n << 1) ^ (n >> 63))
+    z = (n << 1) ^ (n >> 63)
+    out = b""
+    while z >= _TABLE:
+        out += _GOES_ON[z & (_TABLE - 1)]
+        z >>= 14
+    return out + _ENDS[z]
 
 
 def double(x: float) -> bytes:

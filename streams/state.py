@@ -19,9 +19,11 @@ from perdure.streams.store import Store
 
 Key = tuple[bytes, bytes]
 R = TypeVar("R")
-CACHE_ROWS = 20_000
+CACHE_ROWS = 40_000
 CACHE_ROW_BYTES = 4_096
 """Bigger rows (inputs, results, outbox) are read again when they are needed."""
+_KEPT = frozenset({tables.STATE, tables.SPEC, tables.LIVE})
+"""Rows of a task that each of its inputs asks for: kept from one transaction to the next."""
 
 
 class State:
@@ -68,7 +70,8 @@ class State:
             self._clean.pop(key, None)
             return
         if len(self._clean) >= CACHE_ROWS:
-            self._clean.clear()
+            for old in list(islice(self._clean, CACHE_ROWS // 2)):
+                del self._clean[old]
         self._clean[key] = row
 
     def scan(self, scope: bytes, start: bytes = b"", prefix: bytes = b"") -> Iterator[tuple[bytes, Any]]:
@@ -275,7 +278,10 @@ class State:
         """The store has the changes now."""
         for scope, rows in self._dirty.items():
             for suffix, row in rows.items():
-                self._remember((scope, suffix), row, self._encoded.get(scope + suffix))
+                if suffix in _KEPT and row is not None:
+                    self._remember((scope, suffix), row, self._encoded.get(scope + suffix))
+                else:
+                    self._clean.pop((scope, suffix), None)
         self._dirty.clear()
         self._undo.clear()
 
