@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import socket
 import threading
-from collections.abc import Iterator
 
 import msgspec
 
 from perdure.schemas.errors import InfrastructureError
 
 FRAME_MAX = 8 * 1024 * 1024
+READ_BYTES = 64 * 1024
 
 
 class Frame(msgspec.Struct, tag=True, array_like=True):
@@ -218,21 +218,26 @@ class Unpacker:
         self._decode = _to_child.decode if child else _from_child.decode
         self._buffer = bytearray()
 
-    def feed(self, data: bytes) -> Iterator[ToChild | FromChild]:
+    def feed(self, data: bytes) -> list[ToChild | FromChild]:
         """The frames that `data` completes. Raises `InfrastructureError` for bytes that are no frame."""
-        self._buffer += data
-        while len(self._buffer) >= 4:
-            size = int.from_bytes(self._buffer[:4], "big")
+        buffer = self._buffer
+        buffer += data
+        frames: list[ToChild | FromChild] = []
+        begin = 0
+        while len(buffer) >= begin + 4:
+            size = int.from_bytes(buffer[begin : begin + 4], "big")
             if size > FRAME_MAX:
                 raise InfrastructureError(f"a frame of {size:,} bytes on a worker's socket; at most {FRAME_MAX:,}")
-            if len(self._buffer) < 4 + size:
-                return
-            body = bytes(self._buffer[4 : 4 + size])
-            del self._buffer[: 4 + size]
+            end = begin + 4 + size
+            if len(buffer) < end:
+                break
             try:
-                yield self._decode(body)
+                frames.append(self._decode(buffer[begin + 4 : end]))
             except msgspec.MsgspecError as error:
                 raise InfrastructureError(f"no frame on the worker's local socket: {error}") from error
+            begin = end
+        del buffer[:begin]
+        return frames
 
 
 class Connection:
@@ -255,8 +260,8 @@ class Connection:
 
     def receive(self) -> list[ToChild | FromChild] | None:
         """The next frames, at least one read; None when the other end has closed. Blocks."""
-        data = self._socket.recv(256 * 1024)
-        return list(self._unpacker.feed(data)) if data else None
+        data = self._socket.recv(READ_BYTES)
+        return self._unpacker.feed(data) if data else None
 
     def close(self) -> None:
         """Close the socket."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import re
-import selectors
+import select
 import signal
 import socket
 import threading
@@ -42,7 +42,7 @@ class Events:
     """Descriptors to watch, and a mailbox for other threads. `post` is for any thread, the rest for one."""
 
     def __init__(self) -> None:
-        self._selector = selectors.DefaultSelector()
+        self._poll = select.epoll()
         self._watched: dict[int, _Watched] = {}
         self._posted: deque[Action] = deque()
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
@@ -50,38 +50,38 @@ class Events:
 
     def watch(self, descriptor: int, readable: Action, writable: Action = lambda: None) -> None:
         """Call `readable` whenever the descriptor can be read, and `writable`, when that is wanted, for writing."""
-        watched = self._watched[descriptor] = _Watched(readable, writable)
-        self._selector.register(descriptor, selectors.EVENT_READ, watched)
+        self._watched[descriptor] = _Watched(readable, writable)
+        self._poll.register(descriptor, select.EPOLLIN)
 
     def unwatch(self, descriptor: int) -> None:
         """Forget the descriptor; nothing happens if it is not watched."""
         if self._watched.pop(descriptor, None) is not None:
-            self._selector.unregister(descriptor)
+            self._poll.unregister(descriptor)
 
     def want_writable(self, descriptor: int, wanted: bool) -> None:
         """Whether `writable` is to be called for the descriptor, if it is still watched."""
-        watched = self._watched.get(descriptor)
-        if watched is not None:
-            events = selectors.EVENT_READ | selectors.EVENT_WRITE if wanted else selectors.EVENT_READ
-            self._selector.modify(descriptor, events, watched)
+        if descriptor in self._watched:
+            self._poll.modify(descriptor, select.EPOLLIN | select.EPOLLOUT if wanted else select.EPOLLIN)
 
     def post(self, action: Action) -> None:
         """Have `action` called by the thread that waits. Safe in signal handlers."""
         self._posted.append(action)
         os.eventfd_write(self._wake, 1)
 
-    def wait(self, timeout_ms: int) -> None:
-        """Wait for something to happen, and let it happen."""
-        for key, events in self._selector.select(max(0, timeout_ms) / 1000):
-            watched: _Watched = key.data
-            for event, action in ((selectors.EVENT_WRITE, watched.writable), (selectors.EVENT_READ, watched.readable)):
-                # An action before may have let go of the descriptor, and its number may be another's by now.
-                if events & event and self._watched.get(key.fd) is watched:
-                    action()
+    def wait(self, timeout_ms: int) -> bool:
+        """Wait for something to happen, and let it happen; False if the time ran out first."""
+        ready = [(fd, events, self._watched[fd]) for fd, events in self._poll.poll(max(0, timeout_ms) / 1000)]
+        for fd, events, watched in ready:
+            # An action before may have let go of the descriptor, and its number may be another's by now.
+            if events & select.EPOLLOUT and self._watched.get(fd) is watched:
+                watched.writable()
+            if events & ~select.EPOLLOUT and self._watched.get(fd) is watched:
+                watched.readable()
+        return bool(ready)
 
     def close(self) -> None:
         """Let go of everything; nothing may be posted any more."""
-        self._selector.close()
+        self._poll.close()
         os.close(self._wake)
 
     def _woken(self) -> None:

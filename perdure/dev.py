@@ -10,6 +10,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import select
 import signal
 import socket
 import subprocess
@@ -41,9 +42,9 @@ _POLL_S = 0.1
 _DRAIN_S = 10
 _STOP_S = {"worker": _DRAIN_S + 5.0, "server": 10.0, "engine": 10.0}
 """How long each may take to stop, in the order of stopping; then it is killed."""
-_HEALTHY_S = 10.0
+_HEALTHY_S = 2.0
 _RESTART_S = (0.0, 0.5, 1.0, 2.0, 5.0)
-"""Pauses before a process that keeps dying young is started again; the last one stays."""
+"""Pauses before a process that keeps dying before it has come up is started again; the last one stays."""
 _HOST = "127.0.0.1"
 
 Say = Callable[[str], None]
@@ -210,7 +211,19 @@ class Stack:
                 kafka.start()
             for process in self.processes.values():
                 self._look_after(process, time.monotonic())
-            time.sleep(_POLL_S)
+            self._await_a_death()
+
+    def _await_a_death(self) -> None:
+        """Wait until one of the processes ends, `_POLL_S` at the most."""
+        ends = [os.pidfd_open(p.running.pid) for p in self.processes.values() if p.running is not None]
+        poller = select.poll()
+        try:
+            for end in ends:
+                poller.register(end, select.POLLIN)
+            poller.poll(_POLL_S * 1000)
+        finally:
+            for end in ends:
+                os.close(end)
 
     def _look_after(self, process: Process, now: float) -> None:
         code = process.ended()

@@ -16,7 +16,7 @@ import logging
 import threading
 from collections import deque
 from collections.abc import Callable
-from typing import Any, Generic, TypeVar, assert_never
+from typing import Any, Generic, NamedTuple, TypeVar, assert_never
 
 from perdure import channel
 from perdure.schemas import codec, limits, signing, topics
@@ -98,11 +98,22 @@ class Reporting:
 class _Item:
     """A report in line, with the child's frame that it acknowledges (0: none)."""
 
-    __slots__ = ("number", "report", "reporting", "size")
+    __slots__ = ("number", "report", "reporting")
 
     def __init__(self, reporting: Reporting, report: Report, number: int) -> None:
         self.reporting, self.report, self.number = reporting, report, number
-        self.size = size_of(reporting.task_id, report)
+
+    def size(self) -> int:
+        """See `size_of`."""
+        return size_of(self.reporting.task_id, self.report)
+
+
+class _Batch(NamedTuple):
+    """A signed record, and the reports in it."""
+
+    outbox: _Outbox
+    value: bytes
+    items: list[_Item]
 
 
 class _Outbox:
@@ -113,7 +124,7 @@ class _Outbox:
         self.pending: deque[_Item] = deque()
         self.in_flight = False
         self.pumping = False
-        self.failed: tuple[bytes, list[_Item]] | None = None
+        self.failed: _Batch | None = None
         self.retry_at = 0
         self.held: dict[Reporting, int] = {}
 
@@ -127,7 +138,8 @@ class Reporter:
 
     def __init__(self, producer: Producer, signer: tuple[str, bytes], worker_id: str, clock: Callable[[], int]) -> None:
         self._producer, self._signer, self._key, self._clock = producer, signer, worker_id.encode(), clock
-        self._lock = threading.Condition()
+        self._lock = threading.Lock()
+        self._changed = threading.Condition(self._lock)
         self._outboxes: dict[Session, _Outbox] = {}
         self._progress_due: list[tuple[int, int, Reporting]] = []
         self._count = itertools.count()
@@ -146,7 +158,8 @@ class Reporter:
             if reporting.dropped:
                 return
             self._enqueue(reporting, report, number)
-        self._pump(reporting.session)
+            ready = self._ready(reporting.session)
+        self._pump(ready)
 
     def end(self, reporting: Reporting, report: Report) -> None:
         """The attempt's last report; progress that still waits goes before it."""
@@ -157,7 +170,8 @@ class Reporter:
             if waiting is not None:
                 self._enqueue_progress(reporting, waiting)
             self._enqueue(reporting, report, 0)
-        self._pump(reporting.session)
+            ready = self._ready(reporting.session)
+        self._pump(ready)
 
     def progress(self, reporting: Reporting, report: ReportProgress) -> None:
         """Report where the attempt stands, at most twice a second; the newest one wins."""
@@ -170,7 +184,8 @@ class Reporter:
                     heapq.heappush(self._progress_due, (reporting.progress.due, next(self._count), reporting))
                 return
             self._enqueue_progress(reporting, passed)
-        self._pump(reporting.session)
+            ready = self._ready(reporting.session)
+        self._pump(ready)
 
     def drop(self, reporting: Reporting) -> None:
         """The grant is over: nothing more is said about it."""
@@ -200,8 +215,9 @@ class Reporter:
                     self._enqueue_progress(reporting, report)
                     sessions.add(reporting.session)
             sessions |= {s for s, outbox in self._outboxes.items() if outbox.failed and outbox.retry_at <= now}
-        for session in sessions:
-            self._pump(session)
+            ready = [self._ready(session) for session in sessions]
+        for batch in ready:
+            self._pump(batch)
 
     def next_due(self) -> int | None:
         """When `tick` has something to do; None: nothing is known."""
@@ -223,8 +239,8 @@ class Reporter:
 
     def flush(self, timeout_s: float) -> bool:
         """Wait until everything reported is in the log; False if `timeout_s` ran out first."""
-        with self._lock:
-            return self._lock.wait_for(lambda: not any(o.busy() for o in self._outboxes.values()), timeout_s)
+        with self._changed:
+            return self._changed.wait_for(lambda: not any(o.busy() for o in self._outboxes.values()), timeout_s)
 
     # Inside ----------------------------------------------------------------------------------------------------------
 
@@ -244,60 +260,62 @@ class Reporter:
             reporting.progress_in_line = self._enqueue(reporting, report, 0)
         else:
             item.report = codec.replace(report, seq=item.report.seq)
-            item.size = size_of(reporting.task_id, report)
 
-    def _pump(self, session: Session) -> None:
-        """Append batches until one is in flight; one thread at a time does so for a session."""
-        with self._lock:
-            outbox = self._outboxes.get(session)
-            if outbox is None or outbox.pumping:
-                return
-            outbox.pumping = True
-        while True:
+    def _ready(self, session: Session) -> _Batch | None:
+        """The next batch of a session, if its turn has come; one thread at a time then appends."""
+        outbox = self._outboxes.get(session)
+        if outbox is None or outbox.pumping:
+            return None
+        batch = self._next_batch(outbox)
+        outbox.pumping = batch is not None
+        return batch
+
+    def _pump(self, batch: _Batch | None) -> None:
+        """Append what `_ready` gave, and what follows, until a batch is in flight."""
+        while batch is not None:
+            self._append(batch)
             with self._lock:
-                batch = self._next_batch(outbox)
-                if batch is None:
-                    outbox.pumping = False
-                    return
-                outbox.in_flight = True
-            self._append(outbox, *batch)
+                batch.outbox.pumping = False
+                batch = self._ready(batch.outbox.session)
 
-    def _next_batch(self, outbox: _Outbox) -> tuple[bytes, list[_Item]] | None:
+    def _next_batch(self, outbox: _Outbox) -> _Batch | None:
         if outbox.in_flight:
             return None
         if outbox.failed is not None:
             if outbox.retry_at > self._clock():
                 return None
             batch, outbox.failed = outbox.failed, None
+            outbox.in_flight = True
             return batch
         if not outbox.pending:
             return None
+        outbox.in_flight = True
         items = _gather(outbox.pending)
         for item in items:
             if item is item.reporting.progress_in_line:
                 item.reporting.progress_in_line = None
         message = ReportBatch(session=outbox.session.id, entries=_entries(items))
-        return signing.signed(message, *self._signer), items
+        return _Batch(outbox, signing.signed(message, *self._signer), items)
 
-    def _append(self, outbox: _Outbox, value: bytes, items: list[_Item]) -> None:
+    def _append(self, batch: _Batch) -> None:
+        outbox = batch.outbox
+
         def on_ack(_offset: int, error: InfrastructureError | None) -> None:
             if error is None:
-                self._acknowledged(outbox, items)
-                self._pump(outbox.session)
+                self._acknowledged(outbox, batch.items)
                 return
             LOG.warning("reports to partition %s go again: %s", outbox.session.partition, error)
             with self._lock:
                 outbox.in_flight = False
-                outbox.failed = value, items
+                outbox.failed = batch
                 outbox.retry_at = self._clock() + RETRY_MS
 
-        self._producer.append(topics.COMMANDS.name, outbox.session.partition, self._key, value, on_ack)
+        self._producer.append(topics.COMMANDS.name, outbox.session.partition, self._key, batch.value, on_ack)
 
     def _acknowledged(self, outbox: _Outbox, items: list[_Item]) -> None:
+        """Tell the children first: they go on while the next batch is made."""
         marks: dict[Reporting, int] = {}
         with self._lock:
-            outbox.in_flight = False
-            self._lock.notify_all()
             for item in items:
                 if item.number and not item.reporting.dropped:
                     marks[item.reporting] = item.number
@@ -306,6 +324,11 @@ class Reporter:
                 marks = {}
         for reporting, number in marks.items():
             reporting.acknowledged(number)
+        with self._lock:
+            outbox.in_flight = False
+            self._changed.notify_all()
+            ready = self._ready(outbox.session)
+        self._pump(ready)
 
 
 def report_of(frame: Said, pid: int) -> Report:
@@ -360,10 +383,11 @@ def _error(frame: channel.Step) -> ErrorInfo | None:
 def _gather(pending: deque[_Item]) -> list[_Item]:
     """Take the next reports in line, as many as one batch may hold."""
     items = [pending.popleft()]
-    room = BATCH_BYTES - items[0].size
-    while pending and len(items) < BATCH_REPORTS and pending[0].size <= room:
-        items.append(pending.popleft())
-        room -= items[-1].size
+    if pending:  # a report alone always fits: nobody has to know its size
+        room = BATCH_BYTES - items[0].size()
+        while pending and len(items) < BATCH_REPORTS and (size := pending[0].size()) <= room:
+            items.append(pending.popleft())
+            room -= size
     return items
 
 

@@ -20,7 +20,7 @@ from perdure.schemas.commands import SessionRecord, WorkerBeat, WorkerStarted, W
 from perdure.schemas.errors import DecodeError, InfrastructureError, Unreachable
 from perdure.schemas.inbox import InboxRecord
 from perdure.schemas.public import ConfigRecord, Quarantined
-from perdure.streams.log import BEGIN, Log, OnAck, Producer, Reader, Record
+from perdure.streams.log import Log, OnAck, Producer, Reader, Record
 
 STALE_MS = limits.LEASE_MS - limits.BEAT_MS
 """Age of the newest acknowledged beat from which the lease may end before the worker hears of it."""
@@ -39,8 +39,8 @@ def read_config(log: Log) -> Config:
     found: Config = {}
     reader = log.reader()
     try:
-        _, end = reader.bounds(topics.CONFIG.name, 0)
-        reader.assign({(topics.CONFIG.name, 0): BEGIN})
+        first, end = reader.bounds(topics.CONFIG.name, 0)
+        reader.assign({(topics.CONFIG.name, 0): first})  # by number: a consumer takes half a second to look BEGIN up
         while not reader.caught_up(topics.CONFIG.name, 0, end):
             for record in reader.read(1_000, 1.0):
                 name = (record.key or b"").decode()
@@ -57,9 +57,12 @@ def read_config(log: Log) -> Config:
 def publish(log: Log, known: Config, wanted: Mapping[str, Any], issued_by: str, at: int) -> dict[str, int]:
     """Append what of `wanted` (name -> content) is missing or different in `known`; name -> version of all of it.
 
-    Blocks until the appends are acknowledged. Raises `Unreachable` after 30 s.
+    Blocks until the appends, if there are any, are acknowledged. Raises `Unreachable` after 30 s.
     """
     versions = {name: known[name][0] for name, content in wanted.items() if name in known and known[name][1] == content}
+    missing = wanted.keys() - versions.keys()
+    if not missing:
+        return versions
     failures: list[InfrastructureError] = []
 
     def noting(name: str) -> OnAck:
@@ -73,7 +76,7 @@ def publish(log: Log, known: Config, wanted: Mapping[str, Any], issued_by: str, 
 
     producer = log.producer()
     try:
-        for name in wanted.keys() - versions.keys():
+        for name in missing:
             content = json.dumps(wanted[name], sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
             record = ConfigRecord(name=name, content=content, issued_by=issued_by, at=at)
             producer.append(topics.CONFIG.name, 0, name.encode(), codec.encode(record), noting(name))

@@ -311,7 +311,7 @@ class Slots:
 
     def _said(self, link: Link, frame: channel.FromChild) -> None:
         child = self._children[link.child.name]
-        if isinstance(frame, channel.Hello | channel.Idle):
+        if isinstance(frame, (channel.Hello, channel.Idle)):  # a union would be made anew for each frame
             if isinstance(frame, channel.Hello):
                 child.pid = frame.pid
             for ended in list(child.attempts.values()):
@@ -323,7 +323,7 @@ class Slots:
         attempt = child.attempts.get((frame.task_id, frame.epoch))
         if attempt is None or attempt.report is not None:
             return
-        if isinstance(frame, channel.Completed | channel.Failed | channel.Stopped):
+        if isinstance(frame, (channel.Completed, channel.Failed, channel.Stopped)):
             self._finished(child, attempt, frame)
         elif not attempt.dropped:
             self._reported(child, attempt, frame)

@@ -8,8 +8,9 @@ Threads:
   both locked), and the next batch of reports leaves;
 - one thread appends log lines and metrics, so that neither waits for anything else.
 
-Order of a start: load the user's modules; publish their types and our schemas; note the end of each inbox; announce the
-sessions; fork. Order of an end: tell the engine, stop the children, report, and only then let go of the log.
+Order of a start: let the fork server load the user's modules and meanwhile connect, read `config` and publish our
+schemas; publish the types; fork; note the end of each inbox; announce the sessions. Order of an end: tell the engine,
+stop the children, report, and only then let go of the log.
 """
 
 from __future__ import annotations
@@ -65,6 +66,8 @@ SUPERSEDED = 75
 FLUSH_S = 10.0
 """How long a worker that ends waits for its last reports to be in the log."""
 IDLE_WAIT_MS = 1_000
+TICK_MS = 5
+"""How long what others bring may keep the main loop from looking at what is due: looking costs as much as a step."""
 FILES_PER_SLOT = 4
 FILES_BESIDES = 256
 LOG = logging.getLogger("perdure.worker")
@@ -110,6 +113,7 @@ class Worker:
         self._code: int | None = None
         self._failure: Exception | None = None
         self._metrics_due = 0
+        self._tick_at = 0
 
     def request_stop(self) -> None:
         """Drain and end; a second call kills what still runs. For any thread, and for signal handlers."""
@@ -123,15 +127,18 @@ class Worker:
                 stack.enter_context(_no_strays())
             name = self._name or self._take_name(stack)
             _allow_files(self._slot_counts["process"])
+            self._server.start()
+            stack.callback(self._server.stop)
             self._connect(stack, name)
-            loaded = self._server.start()
+            config = self._configured(name)
+            loaded = self._server.loaded()
             executors = {task_type: content["policy"]["executor"] for task_type, content in loaded.types.items()}
             self._slots = Slots(
                 self._server, self._events, self._reporter, self._logs.offer, executors, self._slot_counts,
                 self._freed, _clock, _wall,
             )  # fmt: skip
             stack.callback(self._slots.close)
-            self._join(stack, name, loaded, executors)
+            self._join(stack, config, name, loaded, executors)
             with _signals(self.request_stop):
                 while self._code is None:
                     self._turn()
@@ -160,10 +167,19 @@ class Worker:
         self._logs.start()
         stack.callback(self._logs.close, FLUSH_S)
 
-    def _join(self, stack: ExitStack, name: str, loaded: Loaded, executors: dict[str, str]) -> None:
-        """Publish the types, fork, note where each inbox ends, read on from there, and announce the sessions."""
+    def _configured(self, name: str) -> Config:
+        """What `config` holds, our schemas included from now on."""
         config = read_config(self._log)
-        self._lanes = _lanes(name, executors, self._publish(config, loaded, name), self._slot_counts)
+        schemas = {f"schema/{fingerprint}": schema for fingerprint, schema in codec.published_schemas().items()}
+        publish(self._log, config, {k: s for k, s in schemas.items() if k not in config}, name, _wall())
+        return config
+
+    def _join(self, stack: ExitStack, config: Config, name: str, loaded: Loaded, executors: dict[str, str]) -> None:
+        """Publish the types, fork, note where each inbox ends, read on from there, and announce the sessions."""
+        types = {f"type/{task_type}": content for task_type, content in loaded.types.items()}
+        published = publish(self._log, config, types, name, _wall())
+        versions = {key.removeprefix("type/"): version for key, version in published.items()}
+        self._lanes = _lanes(name, executors, versions, self._slot_counts)
         queues = self._queues or [content["queue"] for content in loaded.types.values()]
         self._routing = routing_by_partition(queues, config, self._log.partitions)
         self._slots.open()
@@ -180,20 +196,18 @@ class Worker:
                 self._sessions.begin(lane, p, session_id, routing_keys, lent[p], ends[p], _clock())
             LOG.info("worker %s runs %s on %s", lane.worker_id, ", ".join(lane.types), ", ".join(self._queue_names()))
 
-    def _publish(self, config: Config, loaded: Loaded, name: str) -> dict[str, int]:
-        """Types and schemas into `config`; type -> version."""
-        schemas = {f"schema/{fingerprint}": schema for fingerprint, schema in codec.published_schemas().items()}
-        missing = {key: schema for key, schema in schemas.items() if key not in config}
-        publish(self._log, config, missing, name, _wall())
-        types = {f"type/{task_type}": content for task_type, content in loaded.types.items()}
-        versions = publish(self._log, config, types, name, _wall())
-        return {key.removeprefix("type/"): version for key, version in versions.items()}
-
     # The main loop ---------------------------------------------------------------------------------------------------
 
     def _turn(self) -> None:
-        """What time brings, then wait for what others bring."""
+        """Wait for what others bring; then, within `TICK_MS` of it, see what time brings."""
         now = _clock()
+        if now >= self._tick_at:
+            self._tick_at = self._tick(now)
+        if self._events.wait(self._tick_at - _clock()):
+            self._tick_at = min(self._tick_at, now + TICK_MS)
+
+    def _tick(self, now: int) -> int:
+        """What time brings; when it brings something again, unless something else happens before."""
         if self._failure is not None:
             raise self._failure
         self._give_up_orphans(now)
@@ -207,12 +221,12 @@ class Worker:
             if not self._slots.running():
                 self._measure("stopped")
                 self._code = 0
-                return
+                return now
             if now >= self._drained_by:
                 self._drained_by = now + IDLE_WAIT_MS
                 self._slots.kill()
         due = (self._sessions.next_beat(), self._reporter.next_due(), self._slots.next_due(), self._drained_by)
-        self._events.wait(min((at for at in due if at is not None), default=now + IDLE_WAIT_MS) - _clock())
+        return min((at for at in due if at is not None), default=now + IDLE_WAIT_MS)
 
     def _give_up_orphans(self, now: int) -> None:
         """No beat has been acknowledged for so long that others must be taken to have the tasks by now."""

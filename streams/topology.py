@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 TOPOLOGY = "topology"
 _CALL_S = 15.0
+_REACH_S = limits.VERDICT_MS / 1000
 
 
 def create_topics(
@@ -98,7 +99,7 @@ def pinned_partitions(log: KafkaLog) -> int:
 
 def _reachable(log: KafkaLog) -> bool:
     try:
-        log.admin().list_topics(timeout=_CALL_S)
+        log.admin().list_topics(timeout=_REACH_S)
     except KafkaException as error:
         raise Unreachable(f"no Kafka answers at {log.bootstrap}: {error.args[0].str()}") from error
     return True

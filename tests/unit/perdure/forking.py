@@ -74,7 +74,8 @@ class Supervisor:
 
     def __init__(self, module: Path, checkpoints: Path, **options: Any) -> None:
         self.server = ForkServer([str(module)], checkpoints=checkpoints, **options)
-        self.loaded: Loaded = self.server.start(DEADLINE_S)
+        self.server.start()
+        self.loaded: Loaded = self.server.loaded(DEADLINE_S)
         self._epoch = 0
         self._children: list[Child] = []
 
