@@ -294,8 +294,16 @@ class Reporter:
         for item in items:
             if item is item.reporting.progress_in_line:
                 item.reporting.progress_in_line = None
-        message = ReportBatch(session=outbox.session.id, entries=_entries(items))
-        return _Batch(outbox, signing.signed(message, *self._signer), items)
+        return _Batch(outbox, self._signed(outbox.session.id, items), items)
+
+    def _signed(self, session: str, items: list[_Item]) -> bytes:
+        try:
+            return signing.signed(ReportBatch(session=session, entries=_entries(items)), *self._signer)
+        except (ValueError, TypeError):
+            # A report that cannot be written costs its own attempt, not the worker: the engine ends what has failed.
+            for item in items:
+                item.report = _writable(item.report)
+        return signing.signed(ReportBatch(session=session, entries=_entries(items)), *self._signer)
 
     def _append(self, batch: _Batch) -> None:
         outbox = batch.outbox
@@ -378,6 +386,18 @@ def _error(frame: channel.Step) -> ErrorInfo | None:
         type=next(iter(frame.error_types), "error"), message=frame.error_message, error_types=frame.error_types,
         traceback=frame.error_traceback,
     )  # fmt: skip
+
+
+def _writable(report: Report) -> Report:
+    """The report, or in its place the word that it could not be made."""
+    try:
+        codec.encode(report)
+    except (ValueError, TypeError) as error:
+        text = f"a {type(report).__name__} of this attempt cannot be written: {error}"
+        return AttemptFailed(
+            seq=report.seq, error_types=["unwritable"], message=text, traceback="", usage=Usage(), final=True
+        )
+    return report
 
 
 def _gather(pending: deque[_Item]) -> list[_Item]:

@@ -7,12 +7,16 @@ from perdure.projections.progress import ProgressProcessor
 from perdure.schemas import topics
 from perdure.streams.processor import Kind, Table
 
+GATHER_S = 0.05
+"""A tenth of what workers wait between two reports of progress."""
+
 PROGRESS = Kind(
     name=ProgressProcessor.name,
     inputs=ProgressProcessor.inputs,
     changelog=ProgressProcessor.changelog,
     open=lambda store, _: Table(ProgressProcessor.name, store, ProgressProcessor().handle, ProgressProcessor.inputs),
     plain_changelog=True,
+    gather_s=GATHER_S,
     skippable=frozenset({topics.TELEMETRY.name}),
 )
 DEAD_LETTERS = Kind(
@@ -22,4 +26,5 @@ DEAD_LETTERS = Kind(
     open=lambda store, _: Table(
         DeadLetterProcessor.name, store, DeadLetterProcessor().handle, DeadLetterProcessor.inputs
     ),
+    gather_s=GATHER_S,
 )

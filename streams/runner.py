@@ -160,7 +160,7 @@ class Lane:
         self._runner, self._partition = runner, partition
         self._records: deque[Record] = deque()
         self._bytes = 0
-        self._stop = False
+        self._halt = threading.Event()
         self._woken = False
         self.ready = False
         self._changed = threading.Condition()
@@ -191,7 +191,7 @@ class Lane:
     def ask_to_stop(self) -> None:
         """Finish the transaction under way and end."""
         with self._changed:
-            self._stop = True
+            self._halt.set()
             self._changed.notify()
 
     def join(self) -> bool:
@@ -218,7 +218,7 @@ class Lane:
 
     def _patiently(self, call: Callable[[], T]) -> T | None:
         """Call, and again while the broker is away; None if the partition was taken away meanwhile."""
-        while not self._stop:
+        while not self._halt.is_set():
             try:
                 return call()
             except Unreachable:
@@ -238,7 +238,7 @@ class Lane:
                 return RocksStore(path)
             except ConfigurationError:
                 # The partition's last owner on this host may still be closing the store.
-                if time.monotonic() > deadline or self._stop:
+                if time.monotonic() > deadline or self._halt.is_set():
                     raise
                 time.sleep(0.1)
 
@@ -252,7 +252,7 @@ class Lane:
 
     def _restore(self, shard: Shard) -> bool:
         """Bring the store up to date and begin to read; False if the partition was taken away meanwhile."""
-        while not self._stop:
+        while not self._halt.is_set():
             if shard.restore_some():
                 break
         positions = self._patiently(shard.start_positions)
@@ -269,20 +269,22 @@ class Lane:
         duties = self._runner.duties(shard) if self._runner.duties is not None else None
         if duties is not None:
             duties.perform(wall_clock())
-        while not self._stop:
+        while not self._halt.is_set():
             batch = self._take(None if duties is None else duties.next_due(wall_clock()))
             if batch:
-                if not shard.run_batch(batch, still_mine=lambda: not self._stop):
+                began = time.monotonic()
+                if not shard.run_batch(batch, still_mine=lambda: not self._halt.is_set()):
                     return
                 if duties is not None:
                     duties.after_commit(wall_clock())
+                self._halt.wait(max(0.0, began + self._runner.kind.gather_s - time.monotonic()))
             elif duties is not None:
                 duties.perform(wall_clock())
 
     def _take(self, due: int | None) -> list[Record]:
         """The records at hand, or what comes until `due` (host ms)."""
         with self._changed:
-            if not self._records and not self._stop and not self._woken:
+            if not self._records and not self._halt.is_set() and not self._woken:
                 wait = 1.0 if due is None else max(0.0, (due - wall_clock()) / 1000)
                 self._changed.wait(min(wait, 1.0))
             self._woken = False

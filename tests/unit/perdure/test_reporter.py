@@ -185,6 +185,21 @@ def test_progress_that_cannot_leave_does_not_pile_up(bench: Bench) -> None:
     assert (reports[0].units_done, [r.seq for r in reports]) == (999, [2, 3])
 
 
+def test_a_report_that_cannot_be_written_ends_its_own_attempt_only(bench: Bench) -> None:
+    first, good, bad = bench.open("etl/0"), bench.open("etl/1"), bench.open("etl/2")
+    bench.reporter.add(first, _step("a"))
+    bench.reporter.add(good, _step("b"))
+    bench.reporter.add(bad, ReportMilestone(seq=0, name="half"))
+    bench.reporter.progress(bad, ReportProgress(seq=0, units_done=1 << 63))
+    bench.reporter.add(good, _step("c"))
+    bench.log.answer()
+    ((_, of_good), (_, of_bad)) = bench.batches()[-1]
+    assert _names(of_good) == [(1, "b"), (2, "c")]
+    assert [type(r).__name__ for r in of_bad] == ["ReportMilestone", "AttemptFailed"]
+    assert (of_bad[1].seq, of_bad[1].final) == (2, True)
+    assert "64 bits" in of_bad[1].message
+
+
 def test_a_dropped_attempt_says_nothing_more(bench: Bench) -> None:
     attempt, other = bench.open("etl/1"), bench.open("etl/2")
     bench.reporter.add(attempt, _step("a"), 1)
