@@ -84,8 +84,8 @@ class ClientLog:
     def transactional(self, name: str) -> Transactional:
         return self._log.transactional(name)
 
-    def reader(self, *, committed: bool = True) -> Reader:
-        return _Reader(self._log.reader(committed=committed), self)
+    def reader(self, *, committed: bool = True, gather_ms: int = 0) -> Reader:
+        return _Reader(self._log.reader(committed=committed, gather_ms=gather_ms), self)
 
     def member(
         self,
@@ -94,12 +94,14 @@ class ClientLog:
         *,
         instance: str | None = None,
         committed: bool = True,
+        gather_ms: int = 0,
         on_assigned: Callable[[list[TopicPartition]], None],
         on_revoked: Callable[[list[TopicPartition], bool], None],
     ) -> Member:
         return self._log.member(
-            group, topics, instance=instance, committed=committed, on_assigned=on_assigned, on_revoked=on_revoked
-        )
+            group, topics, instance=instance, committed=committed, gather_ms=gather_ms,
+            on_assigned=on_assigned, on_revoked=on_revoked,
+        )  # fmt: skip
 
     def topic_id(self, topic: str) -> str:
         return self._log.topic_id(topic)

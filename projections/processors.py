@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from perdure.projections.dead_letters import DeadLetterProcessor
+from perdure.projections.inputs import GATHER_MS
 from perdure.projections.progress import ProgressProcessor
 from perdure.schemas import topics
 from perdure.streams.processor import Kind, Table
-
-GATHER_S = 0.05
-"""A tenth of what workers wait between two reports of progress."""
 
 PROGRESS = Kind(
     name=ProgressProcessor.name,
@@ -16,7 +14,7 @@ PROGRESS = Kind(
     changelog=ProgressProcessor.changelog,
     open=lambda store, _: Table(ProgressProcessor.name, store, ProgressProcessor().handle, ProgressProcessor.inputs),
     plain_changelog=True,
-    gather_s=GATHER_S,
+    gather_ms=GATHER_MS,
     skippable=frozenset({topics.TELEMETRY.name}),
 )
 DEAD_LETTERS = Kind(
@@ -26,5 +24,5 @@ DEAD_LETTERS = Kind(
     open=lambda store, _: Table(
         DeadLetterProcessor.name, store, DeadLetterProcessor().handle, DeadLetterProcessor.inputs
     ),
-    gather_s=GATHER_S,
+    gather_ms=GATHER_MS,
 )

@@ -19,7 +19,7 @@ from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from perdure.projections.inputs import fact, task_of
+from perdure.projections.inputs import GATHER_MS, fact, task_of
 from perdure.projections.views import APPLICATION_ID, SCHEMA, VERSION
 from perdure.schemas import events, limits, topics
 from perdure.schemas.codec import decode_as, encode
@@ -91,7 +91,7 @@ class ViewWriter:
         with ExitStack() as held:
             held.callback(os.close, _locked(path))
             self._db = held.enter_context(closing(_opened(path)))
-            self._reader = held.enter_context(closing(log.reader()))
+            self._reader = held.enter_context(closing(log.reader(gather_ms=GATHER_MS)))
             self._producer = held.enter_context(closing(log.producer()))
             with _writing(path):
                 self._next = self._positions()

@@ -24,6 +24,7 @@ from perdure.streams.kafka_connection import ASK_S, Connection, patiently, quiet
 from perdure.streams.log import BEGIN, END, Record
 from perdure.streams.log import TopicPartition as Where
 
+_MUCH = 262_144
 _CONSUMER: dict[str, Any] = {
     "enable.auto.commit": False,
     "enable.auto.offset.store": False,
@@ -35,6 +36,12 @@ _CONSUMER: dict[str, Any] = {
     "queued.max.messages.kbytes": 16_384,
     "enable.partition.eof": True,
 }
+
+
+def _gathering(ms: int) -> dict[str, Any]:
+    """Have the broker answer a fetch when so much time has passed, or much has come."""
+    return {"fetch.wait.max.ms": ms, "fetch.min.bytes": _MUCH} if ms else {}
+
 
 _OFFSETS = {BEGIN: OFFSET_BEGINNING, END: OFFSET_END}
 
@@ -97,11 +104,11 @@ class _Consuming:
 class KafkaReader(_Consuming):
     """A consumer in no group."""
 
-    def __init__(self, log: Connection, committed: bool) -> None:
+    def __init__(self, log: Connection, committed: bool, gather_ms: int = 0) -> None:
         super().__init__(log)
         level = "read_committed" if committed else "read_uncommitted"
         own = {"group.id": f"{log.prefix}reader", "isolation.level": level, "error_cb": quiet}
-        self._consumer = Consumer(log.config(_CONSUMER, own))
+        self._consumer = Consumer(log.config(_CONSUMER, _gathering(gather_ms), own))
 
     def assign(self, positions: Mapping[Where, int]) -> None:
         self._ends.clear()
@@ -133,6 +140,7 @@ class KafkaMember(_Consuming):
         topics: Iterable[str],
         instance: str | None,
         committed: bool,
+        gather_ms: int,
         on_assigned: Callable[[list[Where]], None],
         on_revoked: Callable[[list[Where], bool], None],
     ) -> None:
@@ -146,7 +154,7 @@ class KafkaMember(_Consuming):
         self._fatal: KafkaError | None = None
         if instance is not None:
             own["group.instance.id"] = instance
-        self._consumer = Consumer(log.config(_CONSUMER, own))
+        self._consumer = Consumer(log.config(_CONSUMER, _gathering(gather_ms), own))
         self._on_assigned, self._on_revoked = on_assigned, on_revoked
         self._asked: deque[Callable[[], Any]] = deque()
         self._metadata: Any = None

@@ -40,8 +40,8 @@ class KafkaLog(Connection):
     def transactional(self, name: str) -> KafkaTransactional:
         return KafkaTransactional(self, name)
 
-    def reader(self, *, committed: bool = True) -> KafkaReader:
-        return KafkaReader(self, committed)
+    def reader(self, *, committed: bool = True, gather_ms: int = 0) -> KafkaReader:
+        return KafkaReader(self, committed, gather_ms)
 
     def member(
         self,
@@ -50,7 +50,8 @@ class KafkaLog(Connection):
         *,
         instance: str | None = None,
         committed: bool = True,
+        gather_ms: int = 0,
         on_assigned: Callable[[list[Where]], None],
         on_revoked: Callable[[list[Where], bool], None],
     ) -> KafkaMember:
-        return KafkaMember(self, group, topics, instance, committed, on_assigned, on_revoked)
+        return KafkaMember(self, group, topics, instance, committed, gather_ms, on_assigned, on_revoked)

@@ -155,8 +155,11 @@ class Log(Protocol):
     def transactional(self, name: str) -> Transactional:
         """A new transactional producer; blocks until older ones of that name are fenced (seconds at the most)."""
 
-    def reader(self, *, committed: bool = True) -> Reader:
-        """A new reader; `committed=False` also reads open and aborted transactions."""
+    def reader(self, *, committed: bool = True, gather_ms: int = 0) -> Reader:
+        """A new reader; `committed=False` also reads open and aborted transactions.
+
+        `gather_ms`: how long records may wait for others before they are read; much cheaper for broker and reader.
+        """
 
     def member(
         self,
@@ -165,10 +168,14 @@ class Log(Protocol):
         *,
         instance: str | None = None,
         committed: bool = True,
+        gather_ms: int = 0,
         on_assigned: Callable[[list[TopicPartition]], None],
         on_revoked: Callable[[list[TopicPartition], bool], None],
     ) -> Member:
-        """Join a group. `on_revoked` is told whether the partitions are lost already (nothing may be committed)."""
+        """Join a group. `on_revoked` is told whether the partitions are lost already (nothing may be committed).
+
+        `gather_ms`: see `reader`.
+        """
 
     def topic_id(self, topic: str) -> str:
         """An id that changes when the topic is deleted and created again."""

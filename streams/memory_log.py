@@ -66,7 +66,7 @@ class MemoryLog:
             self._epochs[name] = self._epochs.get(name, 0) + 1
             return MemoryTransactional(self, name, self._epochs[name])
 
-    def reader(self, *, committed: bool = True) -> MemoryReader:
+    def reader(self, *, committed: bool = True, gather_ms: int = 0) -> MemoryReader:  # noqa: ARG002 - nothing is dear
         return MemoryReader(self, committed)
 
     def member(
@@ -76,6 +76,7 @@ class MemoryLog:
         *,
         instance: str | None = None,  # noqa: ARG002 - one process has no static members
         committed: bool = True,
+        gather_ms: int = 0,  # noqa: ARG002
         on_assigned: Callable[[list[TopicPartition]], None],
         on_revoked: Callable[[list[TopicPartition], bool], None],
     ) -> MemoryMember:

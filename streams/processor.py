@@ -65,8 +65,8 @@ class Kind:
     """(store, partition) -> instance."""
     skippable: frozenset[str] = frozenset()
     """Inputs whose records may be lost to retention while nobody reads; all others are refused then."""
-    gather_s: float = 0.0
-    """Least time between the beginnings of two transactions: many small ones are what costs the broker most."""
+    gather_ms: int = 0
+    """How long input may wait for more of it: many small transactions are what costs the broker most."""
     plain_changelog: bool = False
     """The changelog is a public topic that holds the state's values and no positions; see `Table`."""
 

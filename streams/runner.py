@@ -72,7 +72,7 @@ class Runner:
         self._paused: set[int] = set()
         self._join = partial(
             log.member, kind.name, kind.inputs, instance=instance, committed=committed,
-            on_assigned=self._assigned, on_revoked=self._revoked,
+            gather_ms=kind.gather_ms, on_assigned=self._assigned, on_revoked=self._revoked,
         )  # fmt: skip
         self._joined = time.monotonic()
         self.member: Member = self._join()
@@ -272,12 +272,10 @@ class Lane:
         while not self._halt.is_set():
             batch = self._take(None if duties is None else duties.next_due(wall_clock()))
             if batch:
-                began = time.monotonic()
                 if not shard.run_batch(batch, still_mine=lambda: not self._halt.is_set()):
                     return
                 if duties is not None:
                     duties.after_commit(wall_clock())
-                self._halt.wait(max(0.0, began + self._runner.kind.gather_s - time.monotonic()))
             elif duties is not None:
                 duties.perform(wall_clock())
 
