@@ -10,7 +10,6 @@ import contextvars
 import functools
 import inspect
 import logging
-import math
 import uuid
 from collections.abc import Callable
 from contextlib import AsyncExitStack, ExitStack
@@ -80,6 +79,7 @@ class Attempt:
         self._left: set[str] = set()
         self.milestones = list(grant.milestones)
         self._progress: dict[str, Any] = {}
+        self._doing = ""
         self._version = grant.checkpoint.version if grant.checkpoint else 0
         self._kept = NOTHING
         self._elapsed_before = 0.0
@@ -448,20 +448,15 @@ class Attempt:
         """See `Context`."""
         self.exchange.poll()
         self._check()
-        if fraction is None and done is not None and total:
-            fraction = done / total
-        if fraction is not None:
-            if not math.isfinite(fraction):
-                raise InvalidRequest(f"the progress fraction is {fraction}; give 0 to 1", field="fraction")
-            fraction = min(max(float(fraction), 0.0), 1.0)
-        given = {"fraction": fraction, "units_done": done and int(done), "units_total": total and int(total),
-                 "current_step": step and str(step)[: limits.TEXT_MAX]}  # fmt: skip
+        given = {"fraction": fraction, "units_done": done, "units_total": total, "current_step": step}
+        self._doing = step or self._doing
         self._tell(**{name: value for name, value in given.items() if value is not None})
 
     def report_units(self, done: int, total: int | None) -> None:
         """How far the outermost track is."""
         if self.sections.number() == 0:
-            self._tell(units_done=done, units_total=total, fraction=min(done / total, 1.0) if total else None)
+            fraction = min(done / total, 1.0) if total else None
+            self._tell(units_done=done, units_total=total, fraction=fraction, current_step=self._doing)
 
     def _tell(self, **progress: Any) -> None:
         self._progress.update(progress)

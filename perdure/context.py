@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import datetime as dt
 import logging
+import math
 from collections.abc import AsyncIterable, Callable, Iterable
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
+from perdure.schemas import limits
 from perdure.schemas.errors import InvalidRequest, StepError
 from perdure.tracks import UNITS_MAX, AsyncTrack, SyncTrack
 
@@ -216,8 +218,15 @@ class Context:
 
         Raises `InvalidRequest` naming what cannot be shown.
         """
-        shown = None if step is None else str(step).encode("utf-8", "replace").decode()
-        self._attempt.progress(fraction, _units(done, "done"), _units(total, "total"), shown)
+        shown = None if step is None else str(step)[: limits.TEXT_MAX].encode("utf-8", "replace").decode()
+        units_done, units_total = _units(done, "done"), _units(total, "total")
+        if fraction is None and units_done is not None and units_total:
+            fraction = units_done / units_total
+        if fraction is not None:
+            if not math.isfinite(fraction):
+                raise InvalidRequest(f"the progress fraction is {fraction}; give 0 to 1", field="fraction")
+            fraction = min(max(float(fraction), 0.0), 1.0)
+        self._attempt.progress(fraction, units_done, units_total, shown)
 
     def milestone(self, name: str) -> None:
         """Say that a named point has been passed; later attempts passing it again say nothing."""

@@ -31,6 +31,7 @@ def status(p: TaskProgress, now: int) -> Plain:
     end = now if p.finished_at is None else p.finished_at
     return plain(p) | {
         "worker_id": p.worker_id or None,
+        "current_step": p.current_step or None,
         "total_steps": None,
         "elapsed_seconds": None if p.started_at is None else max(0, end - p.started_at) / 1000,
         "eta_seconds": None if p.eta_at is None else max(0, p.eta_at - now) / 1000,

@@ -49,7 +49,7 @@ def status(s: State, m: Moment, task_id: str) -> dict[str, Any]:
     return {
         "task_id": task_id, "type": spec.type, "queue": spec.queue, "state": t.state, "reason": reason,
         "stopping": t.stopping, "priority": spec.priority, "labels": spec.labels,
-        "progress": fraction, "current_step": live.current_step if live else None,
+        "progress": fraction, "current_step": (live.current_step or None) if live else None,
         "steps_completed": t.steps_completed, "total_steps": None,
         "units_done": live.units_done if live else None, "units_total": live.units_total if live else None,
         "attempt": t.attempt, "epoch": t.epoch, "milestones": t.milestones,

@@ -151,7 +151,7 @@ def test_a_checkpoint_is_one_object() -> None:
         "state": {"when": {"$perdure": "date", "value": "2026-01-02"}},
         "positions": {"track": 3},
         "scopes": {"": {"/s": 2}},
-        "progress": {"current_step": "s", "fraction": 0.75, "units_done": 3, "units_total": 4},
+        "progress": {"current_step": "", "fraction": 0.75, "units_done": 3, "units_total": 4},
         "milestones": ["begun"],
         "at": 1_001_500,
         "elapsed_ms": 1_500.0,
