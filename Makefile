@@ -10,7 +10,7 @@ demo: $(VENV)/.installed ## a real long task on a real Kafka, with kills and a p
 	$(BIN)/perdure demo
 
 test: $(VENV)/.installed-test lint types ## every test, on a real broker
-	$(BIN)/python -m pytest -n $(WORKERS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .

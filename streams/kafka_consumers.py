@@ -149,9 +149,9 @@ class KafkaMember(_Consuming):
         own: dict[str, Any] = {
             "group.id": self.group, "partition.assignment.strategy": "range", "session.timeout.ms": 10_000,
             "heartbeat.interval.ms": 1_000, "isolation.level": "read_committed" if committed else "read_uncommitted",
-            "max.poll.interval.ms": 300_000, "error_cb": self._noted,
+            "max.poll.interval.ms": 300_000, "error_cb": quiet,
         }  # fmt: skip
-        self._fatal: KafkaError | None = None
+        self._paused: set[Where] = set()
         if instance is not None:
             own["group.instance.id"] = instance
         self._consumer = Consumer(log.config(_CONSUMER, _gathering(gather_ms), own))
@@ -168,15 +168,19 @@ class KafkaMember(_Consuming):
         """What fences a member of an older generation, as of the last poll: generations change in polls only."""
         return self._metadata
 
-    def _noted(self, error: KafkaError) -> None:
-        """A fatal error comes here and nowhere else; the consumer reads nothing more after it."""
-        if error.fatal() or error.code() == KafkaError._FATAL:
-            self._fatal = error
+    def _sort(self, message: Message) -> Record | None:
+        error = message.error()
+        if error is not None and error.code() == KafkaError._AUTO_OFFSET_RESET:
+            where = self._log.plain(str(message.topic())), message.partition() or 0
+            if where in self._paused:
+                return None  # fetched before it was paused: its owner says from where it is to be read
+        if error is not None and error.code() == KafkaError._FATAL:
+            # Said once; after it the consumer reads nothing more.
+            raise Fenced(f"{self.group}: the group has put this member out: {error.str()}")
+        return super()._sort(message)
 
     def read(self, max_records: int, timeout_s: float) -> list[Record]:
         self._owner = threading.get_ident()
-        if self._fatal is not None:
-            raise Fenced(f"{self.group}: the group has put this member out: {self._fatal.str()}")
         while self._asked:
             self._asked.popleft()()
         found = super().read(max_records, timeout_s)
@@ -212,12 +216,18 @@ class KafkaMember(_Consuming):
         self._ask(lambda: patiently(lambda: self._consumer.seek(where), f"seek {topic}/{partition} to {offset}"))
 
     def pause(self, wanted: Iterable[Where]) -> None:
-        partitions = [TopicPartition(self._log.prefix + t, p) for t, p in wanted]
-        self._ask(lambda: self._consumer.pause(partitions))
+        where = list(wanted)
+        self._paused.update(where)
+        self._ask(lambda: self._consumer.pause([TopicPartition(self._log.prefix + t, p) for t, p in where]))
 
     def resume(self, wanted: Iterable[Where]) -> None:
-        partitions = [TopicPartition(self._log.prefix + t, p) for t, p in wanted]
-        self._ask(lambda: self._consumer.resume(partitions))
+        where = list(wanted)
+
+        def resume() -> None:
+            self._paused.difference_update(where)
+            self._consumer.resume([TopicPartition(self._log.prefix + t, p) for t, p in where])
+
+        self._ask(resume)
 
     def _ask(self, call: Callable[[], Any]) -> None:
         if threading.get_ident() == self._owner:

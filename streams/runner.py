@@ -74,7 +74,7 @@ class Runner:
             log.member, kind.name, kind.inputs, instance=instance, committed=committed,
             gather_ms=kind.gather_ms, on_assigned=self._assigned, on_revoked=self._revoked,
         )  # fmt: skip
-        self._joined = time.monotonic()
+        self._rejoined = -_REJOIN_S
         self.member: Member = self._join()
 
     def stop(self) -> None:
@@ -102,12 +102,12 @@ class Runner:
         except Fenced:
             # A broker that stood still may take a member for its own successor. Soon again, it is another process that
             # goes by the same name, and one of the two has to end.
-            if time.monotonic() - self._joined < _REJOIN_S:
+            if time.monotonic() - self._rejoined < _REJOIN_S:
                 raise
         self._close_lanes(list(self._lanes))
         self.member.close()
         self._paused.clear()
-        self._joined = time.monotonic()
+        self._rejoined = time.monotonic()
         self.member = self._join()
         return []
 

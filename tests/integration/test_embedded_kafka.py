@@ -193,8 +193,9 @@ from pathlib import Path
 from perdure.connectors import embedded_kafka
 def run(command, **options):  # the storage tool, as one that takes its time
     options["stdout"].close()
+    tool = subprocess.Popen([sys.executable, "-c", "input()"], stdin=sys.stdin, pass_fds=options["pass_fds"])
     print("formatting", flush=True)
-    subprocess.Popen([sys.executable, "-c", "input()"], stdin=sys.stdin, pass_fds=options["pass_fds"]).wait()
+    tool.wait()
 embedded_kafka.subprocess.run = run
 embedded_kafka.find_java = lambda: embedded_kafka.Java(Path("java"), 17, "")
 embedded_kafka.EmbeddedKafka(Path(sys.argv[1])).start()
