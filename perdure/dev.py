@@ -43,7 +43,7 @@ _DRAIN_S = 10
 _STOP_S = {"worker": _DRAIN_S + 5.0, "server": 10.0, "engine": 10.0}
 """How long each may take to stop, in the order of stopping; then it is killed."""
 _HEALTHY_S = 2.0
-_RESTART_S = (0.0, 0.5, 1.0, 2.0, 5.0)
+_RESTART_S = (0.0, 0.0, 0.0, 0.5, 1.0, 2.0, 5.0)
 """Pauses before a process that keeps dying before it has come up is started again; the last one stays."""
 _HOST = "127.0.0.1"
 
