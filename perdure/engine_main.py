@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from perdure.process import collect_seldom
 from perdure.supervise import on_stop_signals, supervise
 
 if TYPE_CHECKING:
@@ -22,6 +23,7 @@ def main(settings: Settings, *, processes: int = 1, ready: Callable[[int], None]
     """
     if processes > 1:
         return supervise([sys.executable, "-m", "perdure.cli", "engine"], processes)
+    collect_seldom()
     from perdure.streams.host import EngineHost
     from perdure.streams.kafka_log import KafkaLog
 

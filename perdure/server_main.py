@@ -13,6 +13,7 @@ from urllib.parse import urlsplit
 from confluent_kafka import Consumer, KafkaException, TopicPartition
 
 from perdure.engine_main import state_directory
+from perdure.process import collect_seldom
 from perdure.projections import server
 from perdure.projections.processors import DEAD_LETTERS, PROGRESS
 from perdure.replies import Replies
@@ -42,6 +43,7 @@ def main(
     The API answers to addresses, to `host`, and to the name in the address that clients are given (`settings.api`).
     Raises `ConfigurationError` or `Unreachable`.
     """
+    collect_seldom()
     log = KafkaLog(settings.require_bootstrap(), settings.namespace, options=settings.kafka)
     state = state_directory(settings)
     slot = HostSlot(state, "server")
