@@ -127,9 +127,8 @@ def _fault_of(s: State, task_id: str, report: Report) -> str | None:
     match report:
         case reports.ReportStep():
             texts = (report.name, report.function, report.code_version, report.args_hash)
-            if len(report.step_id.encode()) > limits.STEP_ID_MAX or len(report.result or b"") > limits.VALUE_MAX:
-                return f"step {report.step_id[:100]!r} is too large"
-            if any(len(text) > limits.TEXT_MAX for text in texts):
+            too_long = len(report.step_id.encode()) > limits.STEP_ID_MAX or any(len(x) > limits.TEXT_MAX for x in texts)
+            if too_long or len(report.result or b"") > limits.VALUE_MAX:
                 return f"step {report.step_id[:100]!r} is too large"
             return _fault_of_step(s, task_id, t, report)
         case reports.ReportMilestone():

@@ -44,7 +44,7 @@ def status(s: State, m: Moment, task_id: str) -> dict[str, Any]:
     done = t.state == "COMPLETED"
     fraction = 1.0 if done else (live.fraction if live else None)
     if fraction is None and live and live.units_total and live.units_done is not None:
-        fraction = min(1.0, max(0.0, live.units_done / live.units_total))
+        fraction = min(1.0, live.units_done / live.units_total)
     eta = _eta_seconds(m, t, spec, fraction)
     return {
         "task_id": task_id, "type": spec.type, "queue": spec.queue, "state": t.state, "reason": reason,

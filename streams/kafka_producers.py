@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import threading
 import time
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from queue import Empty, SimpleQueue
 from typing import Any
@@ -106,7 +107,8 @@ class _Bounded:
     def __init__(self) -> None:
         self._calls: SimpleQueue[Callable[[], Any] | None] = SimpleQueue()
         self._ends: SimpleQueue[BaseException | None] = SimpleQueue()
-        threading.Thread(target=self._serve, name="kafka-calls", daemon=True).start()
+        threading.Thread(target=_serve, args=(self._calls, self._ends), name="kafka-calls", daemon=True).start()
+        weakref.finalize(self, self._calls.put, None)  # the thread ends with this object, after a call under way
 
     def call(self, call: Callable[[], Any], timeout_s: float) -> None:
         """Call. Raises what the call raises, or `OutcomeUnknown`; after that this object is useless."""
@@ -118,18 +120,16 @@ class _Bounded:
         if error is not None:
             raise error
 
-    def close(self) -> None:
-        """End the thread, after the call under way if there is one."""
-        self._calls.put(None)
 
-    def _serve(self) -> None:
-        while (call := self._calls.get()) is not None:
-            try:
-                call()
-            except BaseException as error:  # noqa: BLE001 - it belongs to the thread that asked
-                self._ends.put(error)
-            else:
-                self._ends.put(None)
+def _serve(calls: SimpleQueue[Callable[[], Any] | None], ends: SimpleQueue[BaseException | None]) -> None:
+    while (call := calls.get()) is not None:
+        try:
+            call()
+        except BaseException as error:  # noqa: BLE001 - it belongs to the thread that asked
+            ends.put(error)
+        else:
+            ends.put(None)
+        del call  # it holds the producer, which would keep the caller's end from coming
 
 
 class KafkaTransactional:
@@ -196,7 +196,6 @@ class KafkaTransactional:
         self._suspect = time.monotonic() - began >= _SLOW_COMMIT_S
 
     def close(self) -> None:
-        self._bounded.close()
         if self._fenced is None:
             self._producer.purge()
             self._call("close", lambda: self._producer.flush(0.5))

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import threading
+
 import pytest
 from confluent_kafka import Producer, TopicPartition
 
@@ -34,6 +37,17 @@ def test_a_partition_is_taken_over_while_its_position_is_in_an_open_transaction(
     log.transactional("engine.0").close()  # ends what is open
     assert successor.committed([where]) == {where: None}
     successor.close()
+
+
+def test_a_producer_that_nobody_has_any_more_leaves_no_thread(kafka_bootstrap: str, topic_prefix: str) -> None:
+    """While a broker is away, one after the other is made and given up."""
+    create_topics(kafka_bootstrap, topic_prefix, partitions=1)
+    log = KafkaLog(kafka_bootstrap, topic_prefix)
+    before = threading.active_count()
+    for _ in range(3):
+        log.transactional("engine.0")
+    gc.collect()
+    until("the end of their threads", lambda: threading.active_count() <= before)
 
 
 def _joined(log: KafkaLog) -> KafkaMember:
