@@ -35,6 +35,7 @@ def test_overrides_replace_only_what_they_name() -> None:
         ({"checkpoint_interval": -1}, "checkpoint_interval"),
         ({"retry": 5}, "retry"),
         ({"retry": {"max_attempts": 0}}, "retry.max_attempts"),
+        ({"retry": {"max_attempts": 1 << 64}}, "retry.max_attempts"),
         ({"retry": {"delay": "5s"}}, "retry.delay"),
         ({"retry": {"often": 1}}, "retry.often"),
         ({"on_failure": "sms:me"}, "on_failure"),

@@ -309,6 +309,17 @@ def test_a_discarded_task_that_is_redriven_is_kept() -> None:
     assert world.task(task_id).state == "PENDING"
 
 
+def test_the_last_answers_go_together_with_their_task() -> None:
+    """A command that comes again is never decided anew while its task is known."""
+    world = World()
+    task_id = world.submit()
+    world.do(commands.CancelTask, task_id, reason="enough")
+    world.advance(limits.RETAIN_MS + HOUR)
+    forgotten, retired = world.events(task_id)[-2:]
+    assert (type(forgotten), type(retired)) == (events.AnswersForgotten, events.TaskRetired)
+    assert forgotten.cause.offset == retired.cause.offset
+
+
 def test_a_task_whose_steps_are_being_forgotten_cannot_be_redriven() -> None:
     world = World()
     worker = ScriptedWorker(world, slots=1).start()
