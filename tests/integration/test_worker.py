@@ -30,9 +30,10 @@ def test_a_task_runs_and_its_result_is_recorded(bench: Bench) -> None:
     done = bench.await_event(task, "TaskCompleted")
     assert done.result == b"3"
     assert done.usage.peak_rss > 1_000_000
-    assert [type(e).__name__ for e in bench.events(task)] == [
-        "TaskSubmitted", "TaskQueued", "TaskGranted", "AttemptStarted", "TaskCompleted"
-    ]  # fmt: skip
+    kinds = [type(e).__name__ for e in bench.events(task)]
+    if "TaskPolicyBound" in kinds:  # the submit came before the type's configuration had arrived in the partition
+        kinds.remove("TaskPolicyBound")
+    assert kinds == ["TaskSubmitted", "TaskQueued", "TaskGranted", "AttemptStarted", "TaskCompleted"]
 
 
 def test_an_exception_is_a_failed_attempt(bench: Bench) -> None:
