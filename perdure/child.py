@@ -397,6 +397,7 @@ def run_child(sock: socket.socket, settings: Settings, version: str) -> NoReturn
     try:
         process.die_with_parent()
         process.adopt_orphans()
+        process.tell_crashes()
         if os.getppid() != settings.parent:
             die()
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)

@@ -197,8 +197,10 @@ def _begin(session: Session, flags: dict[str, Any]) -> Settings:
     """Make this process ready to run: its end tied to its owner's, a log on stderr, settings with all flags."""
     _end_with_owner()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    from perdure.process import tell_crashes
     from perdure.settings import Settings
 
+    tell_crashes()
     return Settings.load(**session.flags, **flags)
 
 

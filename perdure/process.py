@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import faulthandler
 import gc
 import os
 import signal
@@ -28,6 +29,11 @@ def kill_group(pid: int, signum: int = signal.SIGKILL) -> None:
         os.killpg(pid, signum)
     except ProcessLookupError:
         return
+
+
+def tell_crashes() -> None:
+    """Have a process that dies of a fatal signal in foreign code say where it was, on stderr: every thread's stack."""
+    faulthandler.enable(2)
 
 
 def collect_seldom() -> None:

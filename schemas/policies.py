@@ -133,3 +133,8 @@ def _check_target(name: str, value: str | None) -> None:
             f"{name} is {value!r}; name a task type or notify target, or write task:<type> or notify:<target>",
             field=name,
         )
+
+
+# msgspec learns a dataclass when it first converts to it, and two threads that do so at the same time can crash the
+# process: it reads what the other one has not filled in yet. So it learns here, where modules are loaded one at a time.
+policy_from_json({})

@@ -118,6 +118,11 @@ class Process:
         """Whether it has not ended."""
         return self._running is not None and self._running.poll() is None
 
+    def fatal(self) -> int | None:
+        """The signal that a defect in foreign code has ended it by."""
+        code = None if self._running is None else self._running.poll()
+        return -code if code in (-signal.SIGSEGV, -signal.SIGABRT, -signal.SIGBUS) else None
+
     def text(self) -> str:
         """What it has said in its present life."""
         return self._log.read_bytes()[self._begins :].decode(errors="replace")
@@ -372,6 +377,7 @@ class Stack:
         """The `count`th event of a kind, once it is there."""
 
         def look() -> list[Any] | None:
+            self._no_crash()
             found = _of_task(_of_kinds(self.tail(topics.EVENTS.name).look(), (kind,)), task_id)
             return found if len(found) >= count else None
 
@@ -381,8 +387,18 @@ class Stack:
         """The task's result once it has ended, however long the engine is away meanwhile."""
         ends = ("TaskCompleted", "TaskFailed", "TaskCancelled", "TaskTimedOut")
         tail = self.tail(topics.EVENTS.name)
-        until(f"the end of {handle.id}", lambda: _of_task(_of_kinds(tail.look(), ends), handle.id))
+
+        def look() -> list[Any]:
+            self._no_crash()
+            return _of_task(_of_kinds(tail.look(), ends), handle.id)
+
+        until(f"the end of {handle.id}", look)
         return handle.result(timeout=DEADLINE_S)
+
+    def _no_crash(self) -> None:
+        """Nothing is waited for that cannot come: no process has died of a defect in foreign code."""
+        for process in self._processes:
+            assert process.fatal() is None, f"signal {process.fatal()}: {process.text()[-8_000:]}"
 
     def witnessed(self, *words: str) -> list[Execution]:
         """What the tasks have written down, where it begins with these words."""

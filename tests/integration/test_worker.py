@@ -111,6 +111,10 @@ def test_a_dead_child_is_seen_at_once_and_its_task_runs_again(bench: Bench) -> N
     lost, again = bench.events(task, "AttemptLost")[0], bench.events(task, "TaskGranted")[1]
     assert again.at - lost.at < 1_000
     assert bench.events(task, "TaskCompleted")[0].attempt == 1, "a crash spends no retry"
+    until(
+        "where it was",
+        lambda: any("worker_tasks.py" in line.text and "in crash" in line.text for line in bench.lines(task)),
+    )
 
 
 def test_a_task_that_always_dies_fails_in_the_end(bench: Bench) -> None:

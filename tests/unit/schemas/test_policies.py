@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -17,6 +19,30 @@ def test_json_and_back() -> None:
     assert policy_from_json(policy_to_json(BASE)) == BASE
     assert policy_from_json({}) == Policy(retry=Retry()), "everything has a default"
     assert policy_from_json({"from_a_newer_worker": 1, "run_timeout": 5}).run_timeout == 5
+
+
+def test_the_first_policies_may_come_on_many_threads() -> None:
+    """msgspec ends the process when two threads make it look at a dataclass for the first time."""
+    for _ in range(5):
+        assert subprocess.run([sys.executable, "-c", _MANY_THREADS], check=False).returncode == 0
+
+
+_MANY_THREADS = """
+import sys, threading
+from perdure.schemas.policies import policy_from_json
+
+def convert():
+    together.wait()
+    policy_from_json({})
+
+sys.setswitchinterval(1e-6)
+together = threading.Barrier(8)
+threads = [threading.Thread(target=convert) for _ in range(8)]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+"""
 
 
 def test_overrides_replace_only_what_they_name() -> None:
