@@ -9,12 +9,12 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-import tempfile
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
 import zstandard
 
+from perdure.connectors import durable_files
 from perdure.schemas.errors import InfrastructureError, NotFound
 
 LOCAL = "local"
@@ -106,9 +106,9 @@ class LocalCheckpoints:
             if not folder.is_dir():
                 self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
                 folder.mkdir(mode=0o700, exist_ok=True)
-                _sync_directory(self.directory)
+                durable_files.sync_directory(self.directory)
             _clear_drafts(folder, version)
-            _write(path, data, f"{_DRAFT}{version:012d}-")
+            durable_files.write(path, data, f"{_DRAFT}{version:012d}-")
         except OSError as error:
             raise InfrastructureError(f"the checkpoint {path} cannot be written: {error}") from error
         return Saved(f"local:{folder.name}/{path.name}", digest, len(data))
@@ -193,26 +193,3 @@ def _clear_drafts(folder: Path, version: int) -> None:
     for draft in folder.glob(f"{_DRAFT}*"):
         if int(draft.name[len(_DRAFT) :][:12]) < version:
             draft.unlink(missing_ok=True)
-
-
-def _write(path: Path, data: bytes, prefix: str) -> None:
-    """Write a file whole or not at all, and have it on the disk under its name."""
-    descriptor, draft = tempfile.mkstemp(dir=path.parent, prefix=prefix)  # 0600
-    try:
-        with os.fdopen(descriptor, "wb") as out:
-            out.write(data)
-            out.flush()
-            os.fsync(out.fileno())
-        os.rename(draft, path)
-    except BaseException:
-        Path(draft).unlink(missing_ok=True)
-        raise
-    _sync_directory(path.parent)
-
-
-def _sync_directory(directory: Path) -> None:
-    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
