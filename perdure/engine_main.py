@@ -24,12 +24,19 @@ def main(settings: Settings, *, processes: int = 1, ready: Callable[[int], None]
     if processes > 1:
         return supervise([sys.executable, "-m", "perdure.cli", "engine"], processes)
     collect_seldom()
+    from perdure.connectors.blobs import open_blobs
+    from perdure.streams.decision import BUILD
     from perdure.streams.host import EngineHost
     from perdure.streams.kafka_log import KafkaLog
+    from perdure.streams.snapshot_taker import Often, SnapshotTaker
+    from perdure.streams.snapshots import Snapshots
 
     keys = settings.require_keys()
     log = KafkaLog(settings.require_bootstrap(), settings.namespace, options=settings.kafka)
-    host = EngineHost(log, keys, state_directory(settings), on_ready=ready)
+    taker = None
+    if settings.blobs is not None:
+        taker = SnapshotTaker(Snapshots(open_blobs(settings.blobs)), BUILD, Often(rows=settings.snapshot_rows))
+    host = EngineHost(log, keys, state_directory(settings), taker=taker, on_ready=ready)
     on_stop_signals(host.stop)
     host.run()
     return 0

@@ -59,6 +59,10 @@ class Settings(BaseSettings):
     """Where engines and workers keep what outlives their processes; none: a directory of the user's."""
     checkpoint_dir: Path | None = None
     """Where checkpoints are written; none: a directory of the user's."""
+    blobs: str | None = None
+    """URL of a blob store that all hosts share, for snapshots of the state and for large values: file:///path."""
+    snapshot_rows: int = Field(default=200_000, ge=1)
+    """After how many changed rows of a partition the engine takes another snapshot of it."""
     kafka: dict[str, str] = Field(default_factory=dict, repr=False)
     """Any librdkafka option, such as security.protocol."""
 

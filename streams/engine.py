@@ -14,7 +14,7 @@ from typing import Any
 from perdure.schemas import codec, commands, ids, limits, topics
 from perdure.schemas.codec import UnknownSchema, replace
 from perdure.schemas.common import Cause
-from perdure.schemas.errors import DecodeError, ValueTooLarge
+from perdure.schemas.errors import DecodeError, InfrastructureError, ValueTooLarge
 from perdure.schemas.inbox import RunAttempt
 from perdure.schemas.json_commands import InvalidCommand, JsonNotAllowed, parse
 from perdure.schemas.public import Quarantined
@@ -73,6 +73,8 @@ class Engine:
             if self._careful:
                 s.check_rows()
             return True
+        except InfrastructureError:
+            raise  # of the store: no record is to blame, and none may be passed over
         except Exception as error:  # noqa: BLE001 - whatever a record brings about, the next ones are executed
             s.undo()
             del self._out[kept_out:], self._after[kept_after:]

@@ -24,6 +24,10 @@ from perdure.streams.local_engine import engine_kind
 from perdure.streams.log import Log
 from perdure.streams.runner import Runner
 from perdure.streams.shard import Shard
+from perdure.streams.snapshot_taker import SnapshotTaker
+
+_UPLOAD_S = 5.0
+"""How long an engine that ends waits for a snapshot under way; one that is not finished was never there."""
 
 
 def publish_schemas(log: Log) -> None:
@@ -45,12 +49,18 @@ class EngineHost:
     """One engine process."""
 
     def __init__(
-        self, log: KafkaLog, keys: Keys, state_dir: Path, *, on_ready: Callable[[int], None] = lambda _: None
+        self,
+        log: KafkaLog,
+        keys: Keys,
+        state_dir: Path,
+        *,
+        taker: SnapshotTaker | None = None,
+        on_ready: Callable[[int], None] = lambda _: None,
     ) -> None:
         topology.verify_topics(log)
         publish_schemas(log)
         self._slot = HostSlot(state_dir, "engine")
-        self._log, self._keys = log, keys
+        self._log, self._keys, self._taker = log, keys, taker
         self._config = ConfigView(log)
         self._config.refresh()
         self._producer = log.producer()
@@ -62,6 +72,7 @@ class EngineHost:
             instance=f"{host_id(state_dir)}-{self._slot.number}",
             committed=False,
             duties=self._duties,
+            taker=taker,
             on_ready=on_ready,
         )
 
@@ -77,6 +88,8 @@ class EngineHost:
             self._runner.run()
         finally:
             self._stopped.set()
+            if self._taker is not None:
+                self._taker.close(_UPLOAD_S)
             watcher.join(5.0)
             self._config.close()
             self._producer.close()

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from perdure.schemas import codec, limits, topics
+from perdure.schemas.errors import InfrastructureError
 from perdure.schemas.public import Quarantined
 from perdure.streams.log import Record
 from perdure.streams.store import META, Store
@@ -135,6 +136,8 @@ class Table:
     def execute(self, record: Record, *, careful: bool = False) -> None:  # noqa: ARG002 - rows are bytes already
         try:
             self.handle(record, self._tx)
+        except InfrastructureError:
+            raise  # of the store: no record is to blame, and none may be passed over
         except Exception as error:  # noqa: BLE001 - a defect of a fold must not stop the others
             self._tx.drop()
             self._tx.quarantine(record, "defect", f"{type(error).__name__}: {error}")

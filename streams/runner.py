@@ -16,17 +16,20 @@ from pathlib import Path
 from typing import Protocol, TypeVar
 
 from perdure.schemas import limits
-from perdure.schemas.errors import ConfigurationError, Fenced, Unreachable
+from perdure.schemas.errors import Fenced, Unreachable
 from perdure.streams.crash_marks import CrashMarks
+from perdure.streams.generations import Generations
 from perdure.streams.log import BEGIN, Log, Member, Record, TopicPartition
 from perdure.streams.processor import Kind
+from perdure.streams.recovery import open_store
 from perdure.streams.shard import Shard
+from perdure.streams.snapshot_taker import SnapshotDuty, SnapshotTaker
+from perdure.streams.snapshots import Place
 from perdure.streams.store import RocksStore
 
 _BUFFER_RECORDS = 5_000
 _BUFFER_BYTES = 32 * 1024 * 1024
 _READ_S = 0.2
-_LOCK_WAIT_S = 15.0
 _JOIN_S = 60.0
 _REJOIN_S = 60.0
 T = TypeVar("T")
@@ -62,10 +65,11 @@ class Runner:
         instance: str | None = None,
         committed: bool = True,
         duties: Callable[[Shard], ShardDuties] | None = None,
+        taker: SnapshotTaker | None = None,
         on_ready: Callable[[int], None] = lambda _: None,
     ) -> None:
         self.log, self.kind, self.directory = log, kind, directory
-        self.duties, self.on_ready = duties, on_ready
+        self.duties, self.taker, self.on_ready = duties, taker, on_ready
         self._stopping = threading.Event()
         self._failure: BaseException | None = None
         self._lanes: dict[int, Lane] = {}
@@ -201,8 +205,9 @@ class Lane:
 
     def _run(self) -> None:
         try:
-            store = self._patiently(self._open_store)
-            if store is None:
+            place = self._patiently(self._place)
+            store = None if place is None else self._patiently(lambda: self._open_store(place))
+            if place is None or store is None:
                 return
             shard = self._patiently(lambda: self._open(store))
             if shard is None:
@@ -210,7 +215,7 @@ class Lane:
                 return
             try:
                 if self._restore(shard):
-                    self._work(shard)
+                    self._work(shard, store, place)
             finally:
                 shard.close()
         except BaseException as error:  # noqa: BLE001 - whatever ends a lane ends the runner, which raises it
@@ -225,22 +230,15 @@ class Lane:
                 continue
         return None
 
-    def _directory(self) -> Path:
-        runner = self._runner
-        topic_id = runner.log.topic_id(runner.kind.changelog or runner.kind.inputs[0])
-        return runner.directory / runner.kind.name / topic_id / str(self._partition)
+    def _place(self) -> Place:
+        kind = self._runner.kind
+        return Place(kind.name, self._partition, self._runner.log.topic_id(kind.changelog or kind.inputs[0]))
 
-    def _open_store(self) -> RocksStore:
-        path = self._directory()
-        deadline = time.monotonic() + _LOCK_WAIT_S
-        while True:
-            try:
-                return RocksStore(path)
-            except ConfigurationError:
-                # The partition's last owner on this host may still be closing the store.
-                if time.monotonic() > deadline or self._halt.is_set():
-                    raise
-                time.sleep(0.1)
+    def _open_store(self, place: Place) -> RocksStore:
+        runner = self._runner
+        generations = Generations(runner.directory / place.kind / place.changelog_id / str(place.partition))
+        snapshots = None if runner.taker is None else runner.taker.snapshots
+        return open_store(runner.log, runner.kind, place, generations, snapshots, wall_clock())
 
     def _open(self, store: RocksStore) -> Shard:
         runner = self._runner
@@ -265,8 +263,10 @@ class Lane:
         self._runner.on_ready(self._partition)
         return True
 
-    def _work(self, shard: Shard) -> None:
+    def _work(self, shard: Shard, store: RocksStore, place: Place) -> None:
         duties = self._runner.duties(shard) if self._runner.duties is not None else None
+        taker = self._runner.taker
+        snapshots = None if taker is None else SnapshotDuty(taker, shard, store, place, wall_clock())
         if duties is not None:
             duties.perform(wall_clock())
         while not self._halt.is_set():
@@ -278,6 +278,9 @@ class Lane:
                     duties.after_commit(wall_clock())
             elif duties is not None:
                 duties.perform(wall_clock())
+            shard.stay_fresh(wall_clock())
+            if snapshots is not None:
+                snapshots.consider(wall_clock())
 
     def _take(self, due: int | None) -> list[Record]:
         """The records at hand, or what comes until `due` (host ms)."""

@@ -21,6 +21,9 @@ from perdure.streams.processor import Kind, Out, changelog_rows
 from perdure.streams.store import META, Store
 
 CHANGELOG_POSITION = META + b"changelog"
+AS_OF = META + b"as of"
+"""Wall time, ms, at which the store had all of the changelog: tombstones of later deletions it may never see."""
+_REFRESH_MS = 3_600_000
 RESTORE_BATCH = 2_000
 REVOCATION_S = 3.0
 """Within this the group tells a member that its partition is another's: three heartbeats."""
@@ -60,6 +63,9 @@ class Shard:
         self._marks = crash_marks
         self._producer: Transactional = log.transactional(transactional_id)
         self._changelog_next: int | None = None
+        self._as_of = 0
+        self.rows_written = self.bytes_written = 0
+        """Changes of the store so far, those of the restore included."""
         self._reader: Reader | None = None
         self._target = 0
         self.processor = kind.open(store, partition)
@@ -93,11 +99,11 @@ class Shard:
             records = reader.read(RESTORE_BATCH, 0.2)
             if records:
                 writes: dict[bytes, bytes | None] = {r.key: r.value for r in records if r.key is not None}
-                self._store.apply(writes | {CHANGELOG_POSITION: (records[-1].offset + 1).to_bytes(8, "big")})
+                self._write(writes | {CHANGELOG_POSITION: (records[-1].offset + 1).to_bytes(8, "big")})
             return False
         reader.close()
         self._reader = None
-        self._store.apply({CHANGELOG_POSITION: self._target.to_bytes(8, "big")})
+        self._apply({CHANGELOG_POSITION: self._target.to_bytes(8, "big")})
         self.processor.rolled_back()
         return True
 
@@ -173,8 +179,23 @@ class Shard:
         # 4
         if self._changelog_next is not None:
             writes[CHANGELOG_POSITION] = self._changelog_next.to_bytes(8, "big")
-        self._store.apply(writes)
+        self._apply(writes)
         self.processor.committed()
+
+    def _apply(self, writes: dict[bytes, bytes | None]) -> None:
+        """Write what makes the store equal to the changelog as it is now."""
+        self._as_of = time.time_ns() // 1_000_000
+        self._write(writes | {AS_OF: self._as_of.to_bytes(8, "big")})
+
+    def _write(self, writes: dict[bytes, bytes | None]) -> None:
+        self._store.apply(writes)
+        self.rows_written += len(writes)
+        self.bytes_written += sum(len(key) + len(value or b"") for key, value in writes.items())
+
+    def stay_fresh(self, now: int) -> None:
+        """Note once an hour that nothing has changed: a store that looks old is not used again. `now`: wall ms."""
+        if now - self._as_of > _REFRESH_MS:
+            self._apply({})
 
     def _noted(self, offset: int, error: Exception | None) -> None:
         if error is None:

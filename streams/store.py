@@ -6,14 +6,16 @@ always the state after some transaction; a lost tail is read again from the chan
 
 from __future__ import annotations
 
+import shutil
 from bisect import bisect_left, insort
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
 
-from rocksdict import AccessType, Options, Rdict, WriteBatch
+from rocksdict import AccessType, Checkpoint, Options, Rdict, WriteBatch
 
-from perdure.schemas.errors import ConfigurationError, InfrastructureError
+from perdure.schemas.errors import InfrastructureError
 
 META = b"\xff"
 """Prefix of keys that are the store's own: never in a changelog, never seen by a scan."""
@@ -67,6 +69,18 @@ class MemoryStore:
         pass
 
 
+class StoreDamaged(InfrastructureError):
+    """A store's files are not what was written; it is marked, never opened again, and rebuilt from the log."""
+
+    code = "store_damaged"
+
+
+class StoreLocked(InfrastructureError):
+    """A store is open elsewhere."""
+
+    code = "store_locked"
+
+
 class RocksStore:
     """A store in a RocksDB directory. One opener at a time; a second one is refused.
 
@@ -75,28 +89,31 @@ class RocksStore:
     """
 
     def __init__(self, path: Path) -> None:
+        """Raises `StoreLocked`, `StoreDamaged` or another `InfrastructureError`."""
         path.mkdir(parents=True, exist_ok=True, mode=0o700)
         self.path = path
-        try:
+        if is_damaged(path):
+            raise StoreDamaged(f"the store {path} was found damaged before")
+        with self._sound("opened"):
             self._db = Rdict(str(path), options=_options(), access_type=AccessType.read_write())
-        except Exception as error:  # rocksdict raises bare Exception for everything
-            if "lock" in str(error).lower():
-                raise ConfigurationError(f"the store {path} is open in another process: {error}") from error
-            raise InfrastructureError(f"the store {path} cannot be opened: {error}") from error
 
     def get(self, key: bytes) -> bytes | None:
-        value: bytes | None = self._db.get(key)
+        try:
+            value: bytes | None = self._db.get(key)
+        except Exception as error:
+            raise self._failed("read", error) from error
         return value
 
     def scan(self, prefix: bytes, start: bytes = b"") -> Iterator[tuple[bytes, bytes]]:
-        cursor = self._db.iter()
-        cursor.seek(prefix + start)
-        while cursor.valid():
-            key = cursor.key()
-            if not key.startswith(prefix):
-                return
-            yield key, cursor.value()
-            cursor.next()
+        with self._sound("read"):
+            cursor = self._db.iter()
+            cursor.seek(prefix + start)
+            while cursor.valid():
+                key = cursor.key()
+                if not key.startswith(prefix):
+                    return
+                yield key, cursor.value()
+                cursor.next()
 
     def apply(self, writes: Mapping[bytes, bytes | None]) -> None:
         batch = WriteBatch(raw_mode=True)
@@ -105,10 +122,53 @@ class RocksStore:
                 batch.delete(key)
             else:
                 batch.put(key, value)
-        self._db.write(batch)
+        with self._sound("written"):
+            self._db.write(batch)
+
+    def copy_to(self, path: Path) -> None:
+        """Make a copy of the store as it is now, by links to its files; `path` must not exist. Takes milliseconds to
+        write what is in memory. Raises `InfrastructureError`.
+        """
+        with self._sound("copied"):
+            Checkpoint(self._db).create_checkpoint(str(path))
 
     def close(self) -> None:
         self._db.close()
+
+    @contextmanager
+    def _sound(self, doing: str) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # rocksdict raises bare Exception for everything
+            raise self._failed(doing, error) from error
+
+    def _failed(self, doing: str, error: Exception) -> InfrastructureError:
+        text = f"the store {self.path} cannot be {doing}: {error}"
+        if "lock" in str(error).lower() and doing == "opened":
+            return StoreLocked(text)
+        if "corruption" in str(error).lower() or "invalid argument" in str(error).lower():
+            (self.path / _DAMAGED).touch()
+            return StoreDamaged(f"{text}. It is not used again: the next start rebuilds it from snapshot or changelog")
+        return InfrastructureError(text)
+
+
+def is_damaged(path: Path) -> bool:
+    """Whether a store's directory was found damaged."""
+    return (path / _DAMAGED).exists()
+
+
+def destroy(path: Path) -> None:
+    """Delete a store's directory. Raises `StoreLocked` while it is open anywhere."""
+    try:
+        Rdict.destroy(str(path), _options())
+    except Exception as error:
+        if "lock" in str(error).lower():
+            raise StoreLocked(f"the store {path} is open: {error}") from error
+        raise InfrastructureError(f"the store {path} cannot be deleted: {error}") from error
+    shutil.rmtree(path, ignore_errors=True)
+
+
+_DAMAGED = "damaged"
 
 
 def _options() -> Options:

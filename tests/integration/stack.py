@@ -35,9 +35,10 @@ from perdure.schemas.errors import DecodeError
 from perdure.schemas.public import WorkerMetrics
 from perdure.schemas.signing import Keys
 from perdure.settings import Settings
+from perdure.streams.generations import Generations
 from perdure.streams.kafka_log import KafkaLog
 from perdure.streams.log import BEGIN, Record
-from perdure.streams.store import META, RocksStore
+from perdure.streams.store import META
 from perdure.streams.topology import create_topics
 
 TASKS = str(Path(__file__).with_name("stack_tasks.py"))
@@ -270,7 +271,8 @@ class Stack:
         folder = self.folder / "state" / "partition" / "engine" / self.log.topic_id(topics.CHANGELOG.name)
         rows = self.changelog()
         for partition in range(self.log.partitions):
-            store = RocksStore(folder / str(partition))
+            store = Generations(folder / str(partition)).open()
+            assert store is not None
             held = {key: value for key, value in store.scan(b"") if not key.startswith(META)}
             store.close()
             assert held == rows[partition], f"store and changelog of partition {partition} differ"

@@ -1,0 +1,127 @@
+"""The store that a partition starts with: the nearest one from which its changelog leads to the present.
+
+In this order: the local store; the newest snapshot that can be used; an empty store, when the changelog is whole. What
+is passed over is named in the log, with the reason. When none will do, recovery is refused: nothing starts half.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+
+from perdure.schemas import topics
+from perdure.schemas.errors import InfrastructureError, LogTruncated, NotFound
+from perdure.streams.generations import Generations
+from perdure.streams.log import Log
+from perdure.streams.processor import Kind
+from perdure.streams.shard import AS_OF, CHANGELOG_POSITION
+from perdure.streams.snapshots import Place, SnapshotRefused, Snapshots
+from perdure.streams.store import RocksStore
+
+MARGIN_MS = 3_600_000
+"""By how much a store has to be younger than the oldest tombstone that may be gone: clocks differ."""
+_DELETE_RETENTION_MS = 86_400_000
+"""Kafka's default of delete.retention.ms."""
+LOG = logging.getLogger("perdure")
+
+
+@dataclass(frozen=True)
+class Span:
+    """What a changelog holds now."""
+
+    first: int
+    end: int
+    oldest: int
+    """Wall time, ms. A store that was last written before it may keep rows whose tombstones are gone."""
+
+
+def open_store(
+    log: Log, kind: Kind, place: Place, generations: Generations, snapshots: Snapshots | None, now: int
+) -> RocksStore:
+    """The store to start with; `now` is wall time in ms. Blocks, for minutes when a large snapshot is fetched.
+
+    Raises `LogTruncated` when no way leads to the present, `Unreachable`, or another `InfrastructureError`.
+    """
+    if kind.changelog is None:
+        return generations.open() or generations.begin()
+    span = _span(log, kind.changelog, place.partition, now)
+    store = _local(generations, span) or _from_snapshot(generations, snapshots, place, span)
+    if store is None:
+        if span.first > 0:
+            raise LogTruncated(
+                f"{kind.changelog}/{place.partition} begins at {span.first}: rows were deleted from it, and neither a "
+                f"local store nor a snapshot reaches that far. Nothing is started half: restore the topic, or rebuild "
+                f"the state from task-events by `perdure rebuild --from-events`"
+            )
+        store = generations.begin()
+        store.apply({AS_OF: now.to_bytes(8, "big")})
+    generations.tidy(store)
+    return store
+
+
+def _span(log: Log, changelog: str, partition: int, now: int) -> Span:
+    reader = log.reader()
+    try:
+        first, end = reader.bounds(changelog, partition)
+    finally:
+        reader.close()
+    kept = int(topics.BY_NAME[changelog].settings.get("delete.retention.ms", _DELETE_RETENTION_MS))
+    return Span(first, end, now - kept + MARGIN_MS)
+
+
+def _local(generations: Generations, span: Span) -> RocksStore | None:
+    store = generations.open()
+    if store is None:
+        return None
+    why = _unusable(store, span)
+    if why is None:
+        return store
+    LOG.warning("the store %s is not used: %s", store.path, why)
+    store.close()
+    return None
+
+
+def _unusable(store: RocksStore, span: Span) -> str | None:
+    position, as_of = store.get(CHANGELOG_POSITION), store.get(AS_OF)
+    if as_of is None:
+        return "it does not say as of when it is"
+    if int.from_bytes(as_of, "big") < span.oldest:
+        return "it is so old that deletions made since may be gone from the changelog"
+    offset = 0 if position is None else int.from_bytes(position, "big")
+    if offset < span.first:
+        return f"it stands at {offset}, but the changelog begins at {span.first}"
+    return None
+
+
+def _from_snapshot(
+    generations: Generations, snapshots: Snapshots | None, place: Place, span: Span
+) -> RocksStore | None:
+    for name in _names(snapshots, place):
+        assert snapshots is not None, "it has just named one"
+        try:
+            manifest = snapshots.read(name, place, first=span.first, end=span.end, oldest=span.oldest)
+            LOG.info("partition %s is fetched from %s", place.partition, name)
+            draft = generations.draft()
+            snapshots.download(manifest, draft)
+            return _checked(generations.adopt(draft), name, manifest.changelog_offset)
+        except (InfrastructureError, NotFound) as error:
+            LOG.warning("the snapshot is not used: %s", error)
+    return None
+
+
+def _names(snapshots: Snapshots | None, place: Place) -> list[str]:
+    """Names of the snapshots there are. A store that cannot be reached has none to give: the changelog will do."""
+    try:
+        return [] if snapshots is None else snapshots.names(place)
+    except InfrastructureError as error:
+        LOG.warning("no snapshot is used: %s", error)
+        return []
+
+
+def _checked(store: RocksStore, name: str, offset: int) -> RocksStore:
+    """The store, if it is where its manifest says."""
+    found = store.get(CHANGELOG_POSITION)
+    if found is None or int.from_bytes(found, "big") != offset:
+        store.close()
+        raise SnapshotRefused(f"{name} says that it stands at {offset}, and the store in it says otherwise")
+    return store

@@ -1,0 +1,118 @@
+"""Takes snapshots of this process's partitions, off the path of records.
+
+The copy is made between two transactions, by the thread that makes those: links to files, and what is in memory
+written out. Hashing and uploading is done by a thread of its own, one partition after the other.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from queue import SimpleQueue
+
+from perdure.schemas.errors import InfrastructureError
+from perdure.streams.shard import CHANGELOG_POSITION, Shard
+from perdure.streams.snapshots import FORMAT, File, Manifest, Place, Snapshots
+from perdure.streams.store import RocksStore
+
+RETRY_MS = 60_000
+"""How long a snapshot that could not be taken is left alone."""
+LOG = logging.getLogger("perdure")
+
+
+@dataclass(frozen=True)
+class Often:
+    """When another snapshot is due: after so much change, or so much time in which anything has changed."""
+
+    rows: int = 200_000
+    bytes: int = 64 * 1024 * 1024
+    ms: int = 6 * 3_600_000
+
+
+@dataclass(frozen=True)
+class _Copy:
+    owner: SnapshotDuty
+    path: Path
+    changelog_offset: int
+    inputs: dict[str, int]
+    at: int
+
+
+class SnapshotTaker:
+    """The thread of a process that uploads copies."""
+
+    def __init__(self, snapshots: Snapshots, build: str, often: Often = Often()) -> None:
+        self.snapshots, self.often, self._build = snapshots, often, build
+        self.copies: SimpleQueue[_Copy | None] = SimpleQueue()
+        self._thread = threading.Thread(target=self._upload_all, name="snapshots", daemon=True)
+        self._thread.start()
+
+    def close(self, timeout_s: float) -> None:
+        """Finish the uploads that were begun, if they take no longer than that."""
+        self.copies.put(None)
+        self._thread.join(timeout_s)
+
+    def _upload_all(self) -> None:
+        while (copy := self.copies.get()) is not None:
+            place = copy.owner.place
+            try:
+                manifest = self.snapshots.upload(copy.path, self._describe(copy))
+                self.snapshots.collect(place, copy.at)
+                LOG.info("partition %s: snapshot %s", place.partition, manifest.name)
+            except (InfrastructureError, OSError) as error:
+                copy.owner.failed(error)
+            finally:
+                shutil.rmtree(copy.path, ignore_errors=True)
+                copy.owner.busy = False
+
+    def _describe(self, copy: _Copy) -> Callable[[list[File]], Manifest]:
+        return lambda files: Manifest(
+            FORMAT, copy.owner.place, copy.changelog_offset, copy.inputs, copy.at, self._build, files
+        )
+
+
+class SnapshotDuty:
+    """When snapshots of one partition are taken, for as long as this process has it."""
+
+    def __init__(self, taker: SnapshotTaker, shard: Shard, store: RocksStore, place: Place, now: int) -> None:
+        self.place = place
+        self.busy = False
+        """Whether a copy is being uploaded."""
+        self._taker, self._shard, self._store = taker, shard, store
+        self._rows = self._bytes = 0
+        self._at = now
+        self._not_before = now
+
+    def consider(self, now: int) -> None:
+        """Take a snapshot if one is due; `now`: wall time, ms. Blocks for the copy only. Raises nothing: recovery has
+        other ways, and another attempt follows.
+        """
+        if self.busy or now < self._not_before or not self._is_due(now):
+            return
+        shard, path = self._shard, self._store.path.parent / "copy"
+        try:
+            shutil.rmtree(path, ignore_errors=True)
+            self._store.copy_to(path)
+        except InfrastructureError as error:
+            self.failed(error)
+            return
+        self._rows, self._bytes, self._at = shard.rows_written, shard.bytes_written, now
+        offset = int.from_bytes(self._store.get(CHANGELOG_POSITION) or b"", "big")
+        self.busy = True
+        self._taker.copies.put(_Copy(self, path, offset, shard.processor.positions(), now))
+
+    def failed(self, error: Exception) -> None:
+        """Try again, but not at once."""
+        self._rows -= self._taker.often.rows
+        self._not_before = self._at + RETRY_MS
+        LOG.warning("partition %s: no snapshot was taken, one will be later: %s", self.place.partition, error)
+
+    def _is_due(self, now: int) -> bool:
+        often, rows = self._taker.often, self._shard.rows_written - self._rows
+        if rows >= often.rows or self._shard.bytes_written - self._bytes >= often.bytes:
+            return True
+        return rows > 0 and now - self._at >= often.ms
