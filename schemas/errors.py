@@ -102,6 +102,12 @@ class LogTruncated(InfrastructureError):
     code = "log_truncated"
 
 
+class EventsIncomplete(InfrastructureError):
+    """The events on task-events do not tell a whole story: their beginning or something in between is missing."""
+
+    code = "events_incomplete"
+
+
 class Fenced(InfrastructureError):
     """Another process has taken over; this one must stop writing."""
 

@@ -18,7 +18,7 @@ from perdure.schemas.inbox import CommandReply
 from perdure.schemas.rows import TaskState
 from perdure.streams import tables
 from perdure.streams.engine import Engine
-from perdure.streams.evolve import evolve
+from perdure.streams.event_fold import EventFold
 from perdure.streams.log import Record
 from perdure.streams.state import State
 from perdure.streams.store import META, MemoryStore
@@ -72,7 +72,8 @@ class Invariants:
         self._read: dict[tuple[str, int], int] = defaultdict(int)
         self._sequence = dict.fromkeys(count, 0)
         self._position = dict.fromkeys(count, 0)
-        self._folds = {p: State(MemoryStore(), p, world.partitions) for p in count}
+        self._folded = {p: MemoryStore() for p in count}
+        self._folds = {p: EventFold(self._folded[p], p, world.partitions) for p in count}
         self._changelogs: dict[int, dict[bytes, bytes]] = {p: {} for p in count}
 
     def check(self) -> None:
@@ -107,8 +108,7 @@ class Invariants:
         e, partition = self.world.decode(record), record.partition
         assert e.cause.partition == partition
         assert e.cause.offset < self._position[partition], "I8: the event's input is committed"
-        fold = self._folds[partition]
-        evolve(fold, e)
+        self._folds[partition].apply(e)
         if getattr(e, "task_id", None) is None:
             assert e.seq == self._sequence[partition] + 1, "I3: the partition's events have no gaps"
             self._sequence[partition] = e.seq
@@ -189,11 +189,8 @@ class Invariants:
     def _check_rows(self, partition: int) -> None:
         """I4, I5, G5."""
         stored = {k: v for k, v in self.world.rows(partition).items() if not k.startswith(META)}
-        fold = self._folds[partition]
-        store = fold._store
-        store.apply(fold.writes())
-        fold.committed()
-        folded = {k: v for k, v in store.scan(b"") if tables.is_durable(k)}
+        self._folds[partition].flush()
+        folded = dict(self._folded[partition].scan(b""))
         _same(folded, {k: v for k, v in stored.items() if tables.is_durable(k)}, "the fold of task-events")
         changelog = self._changelogs[partition]
         for record in self._new(topics.CHANGELOG.name, partition):

@@ -11,8 +11,8 @@ from perdure.schemas.codec import replace
 from perdure.schemas.common import Cause, ErrorInfo, Policy, Retry
 from perdure.schemas.rows import TaskState
 from perdure.streams import tables
+from perdure.streams.event_fold import fold_events
 from perdure.streams.evolve import HANDLED, evolve
-from perdure.streams.state import State
 from perdure.streams.store import MemoryStore
 from perdure.streams.task_change import IllegalTransition
 from perdure.streams.task_lifecycle import LEGAL
@@ -160,24 +160,14 @@ def durable(world: World, partition: int) -> dict[bytes, bytes]:
     return {k: v for k, v in world.rows(partition).items() if k[:1] != b"\xff" and tables.is_durable(k)}
 
 
-def fold(world: World, partition: int, cut: int | None = None) -> State:
-    """The fold of task-events on an empty store."""
-    store = MemoryStore()
-    state = State(store, partition, world.partitions)
-    for event in world.events(partition=partition)[:cut]:
-        evolve(state, event)
-        store.apply(state.writes())
-        state.committed()
-    return state
-
-
 @pytest.mark.parametrize("partition", [0, 1])
 def test_the_fold_of_the_events_gives_the_durable_rows_byte_for_byte(partition: int) -> None:
     """G5."""
     world = World()
     a_life(world)
-    folded = dict(fold(world, partition)._store.scan(b""))
-    assert {k: v for k, v in folded.items() if tables.is_durable(k)} == durable(world, partition)
+    store = MemoryStore()
+    fold_events(world.events(partition=partition), store, partition, world.partitions)
+    assert dict(store.scan(b"")) == durable(world, partition)
 
 
 def test_a_begun_step_is_kept_apart_from_recorded_ones() -> None:
