@@ -34,6 +34,7 @@ _COMMANDS = {
     "dlq": "cli_dlq",
     "workers": "cli_lists",
     "queues": "cli_lists",
+    "rebuild": "cli_rebuild",
 }
 """Command -> module; in the order of the help."""
 

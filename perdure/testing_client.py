@@ -103,6 +103,9 @@ class ClientLog:
             on_assigned=on_assigned, on_revoked=on_revoked,
         )  # fmt: skip
 
+    def committed(self, group: str, wanted: Iterable[TopicPartition]) -> dict[TopicPartition, int | None]:
+        return self._log.committed(group, wanted)
+
     def topic_id(self, topic: str) -> str:
         return self._log.topic_id(topic)
 

@@ -126,6 +126,27 @@ class KafkaReader(_Consuming):
         return max(self._ends.get(where, 0), self._nexts.get(where, 0)) >= target
 
 
+def committed(log: Connection, group: str, wanted: Iterable[Where], *, settled: bool = True) -> dict[Where, int | None]:
+    """Positions of a group; `settled`: those of open transactions are waited for, which Kafka may end only later.
+
+    Asked by a client of its own: a consumer answers only from the thread that polls it. An `AdminClient` would ask too,
+    but ends the process now and then when its broker does not answer (librdkafka's issue 4605).
+    """
+    partitions = [TopicPartition(log.prefix + t, p) for t, p in wanted]
+    level = "read_committed" if settled else "read_uncommitted"
+    own = {"group.id": group, "isolation.level": level, "error_cb": quiet}
+
+    def ask() -> list[TopicPartition]:
+        consumer = Consumer(log.config(_CONSUMER, own))
+        try:
+            return consumer.committed(partitions, ASK_S)
+        finally:
+            consumer.close()
+
+    found = patiently(ask, f"no committed offsets of group {group}")
+    return {(log.plain(f.topic), f.partition): f.offset if f.offset >= 0 else None for f in found}
+
+
 class KafkaMember(_Consuming):
     """A consumer in a group: classic protocol, range assignor, static membership where an instance id is given.
 
@@ -188,27 +209,7 @@ class KafkaMember(_Consuming):
         return found
 
     def committed(self, wanted: Iterable[Where]) -> dict[Where, int | None]:
-        return self._committed(wanted, settled=True)
-
-    def _committed(self, wanted: Iterable[Where], settled: bool) -> dict[Where, int | None]:
-        """Positions of the group; `settled`: those of open transactions are waited for, which Kafka may end only later.
-
-        Asked by a client of its own: a consumer answers only from the thread that polls it. An `AdminClient` would ask
-        too, but ends the process now and then when its broker does not answer (librdkafka's issue 4605).
-        """
-        partitions = [TopicPartition(self._log.prefix + t, p) for t, p in wanted]
-        level = "read_committed" if settled else "read_uncommitted"
-        own = {"group.id": self.group, "isolation.level": level, "error_cb": quiet}
-
-        def ask() -> list[TopicPartition]:
-            consumer = Consumer(self._log.config(_CONSUMER, own))
-            try:
-                return consumer.committed(partitions, ASK_S)
-            finally:
-                consumer.close()
-
-        found = patiently(ask, f"no committed offsets of group {self.group}")
-        return {(self._log.plain(f.topic), f.partition): f.offset if f.offset >= 0 else None for f in found}
+        return committed(self._log, self.group, wanted)
 
     def seek(self, topic: str, partition: int, offset: int) -> None:
         where = TopicPartition(self._log.prefix + topic, partition, _OFFSETS.get(offset, offset))
@@ -238,7 +239,8 @@ class KafkaMember(_Consuming):
     def _assigned(self, consumer: Consumer, partitions: list[TopicPartition]) -> None:
         # Where the group has no position the log's first record is meant; anything else out of range is an error.
         # A killed member's transaction may be open still: only its successor, who comes after this, puts an end to it.
-        known = self._committed([(self._log.plain(p.topic), p.partition) for p in partitions], settled=False)
+        where = [(self._log.plain(p.topic), p.partition) for p in partitions]
+        known = committed(self._log, self.group, where, settled=False)
         for p in partitions:
             offset = known[self._log.plain(p.topic), p.partition]
             p.offset = OFFSET_BEGINNING if offset is None else offset

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+from confluent_kafka.admin import AdminClient
+
 from perdure.streams import topology
-from perdure.streams.kafka_connection import Connection
-from perdure.streams.kafka_consumers import KafkaMember, KafkaReader
+from perdure.streams.kafka_connection import ASK_S, Connection
+from perdure.streams.kafka_consumers import KafkaMember, KafkaReader, committed
 from perdure.streams.kafka_producers import KafkaProducer, KafkaTransactional
 from perdure.streams.log import TopicPartition as Where
 
@@ -55,3 +57,16 @@ class KafkaLog(Connection):
         on_revoked: Callable[[list[Where], bool], None],
     ) -> KafkaMember:
         return KafkaMember(self, group, topics, instance, committed, gather_ms, on_assigned, on_revoked)
+
+    def committed(self, group: str, wanted: Iterable[Where]) -> dict[Where, int | None]:
+        return committed(self, self.prefix + group, wanted)
+
+    def members(self, group: str) -> list[str]:
+        """Who is in a group: instance ids, or member ids where there is none. Blocks; raises `Unreachable`."""
+        name = self.prefix + group
+
+        def ask(admin: AdminClient) -> list[str]:
+            found = admin.describe_consumer_groups([name], request_timeout=ASK_S)[name].result()
+            return sorted(m.group_instance_id or m.member_id for m in found.members)
+
+        return self.ask(ask, f"no description of group {name}")

@@ -177,5 +177,8 @@ class Log(Protocol):
         `gather_ms`: see `reader`.
         """
 
+    def committed(self, group: str, wanted: Iterable[TopicPartition]) -> dict[TopicPartition, int | None]:
+        """A group's committed offsets, for those who are not in it; None where there is none. As `Member.committed`."""
+
     def topic_id(self, topic: str) -> str:
         """An id that changes when the topic is deleted and created again."""

@@ -86,6 +86,11 @@ class MemoryLog:
             self._rebalance(group)
             return member
 
+    def committed(self, group: str, wanted: Iterable[TopicPartition]) -> dict[TopicPartition, int | None]:
+        with self._changed:
+            known = self._offsets.get(group, {})
+            return {where: known.get(where) for where in wanted}
+
     def topic_id(self, topic: str) -> str:
         return self._ids[topic]
 
@@ -101,6 +106,13 @@ class MemoryLog:
             part = self._data[topic, partition]
             del part.entries[: max(0, first - part.first)]
             part.first = max(part.first, first)
+
+    def replace(self, topic: str) -> None:
+        """Delete a topic and create it again, empty and with another id."""
+        with self._changed:
+            for where in [w for w in self._data if w[0] == topic]:
+                self._data[where] = _Partition()
+            self._ids[topic] = f"{self._ids[topic]}'"
 
     # What the parts below share ------------------------------------------------------------------------------------
 
@@ -300,9 +312,7 @@ class MemoryMember(_Reading):
         return super().read(max_records, timeout_s)
 
     def committed(self, wanted: Iterable[TopicPartition]) -> dict[TopicPartition, int | None]:
-        with self._log._changed:
-            known = self._log._offsets.get(self.group, {})
-            return {where: known.get(where) for where in wanted}
+        return self._log.committed(self.group, wanted)
 
     def seek(self, topic: str, partition: int, offset: int) -> None:
         with self._log._changed:

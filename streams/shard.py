@@ -120,6 +120,13 @@ class Shard:
             committed = group[topic, self.partition]
             stated = committed if self.kind.plain_changelog else known.get(topic)
             first, _ = reader.bounds(topic, self.partition)
+            if stated is None and committed is not None and self.kind.changelog is not None:
+                reader.close()
+                raise LogTruncated(
+                    f"{self.kind.name} has executed {topic}/{self.partition} up to {committed}, but its state is gone: "
+                    f"{self.kind.changelog} was emptied or replaced. Nothing is executed twice: restore the topic, or "
+                    f"rebuild the state from task-events by `perdure rebuild --from-events`"
+                )
             if stated is not None and stated < first and topic in self.kind.skippable:
                 stated = first
             if stated is not None and stated < first:

@@ -23,6 +23,7 @@ WINDOW = b"W"
 KEYS = b"K"
 """Idempotency keys of tasks whose id was chosen otherwise."""
 POSITION = b"z"
+LEASES = b"g"
 
 SPEC = b"c"
 STATE = b"s"
@@ -109,7 +110,12 @@ def place(priority: int, order: int) -> bytes:
 @lru_cache(maxsize=4_096)
 def leases(session: str) -> bytes:
     """Scope of the leases of a session; the suffix is the grant's number."""
-    return b"g" + text(session)
+    return LEASES + text(session)
+
+
+def session_of_lease(key: bytes) -> str:
+    """The session in the whole key of a lease."""
+    return _read_text(key, 1)[0]
 
 
 def timer(due: int, kind: str, task_id: str) -> bytes:

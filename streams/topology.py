@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from confluent_kafka import KafkaError, KafkaException
@@ -13,6 +13,7 @@ from confluent_kafka.admin import ConfigResource, NewTopic  # type: ignore[attr-
 from perdure.schemas import codec, limits, topics
 from perdure.schemas.errors import ConfigurationError, Unreachable
 from perdure.schemas.public import ConfigRecord
+from perdure.schemas.topics import Topic
 from perdure.streams.config_view import ConfigView
 
 if TYPE_CHECKING:
@@ -52,15 +53,39 @@ def create_topics(
     _pin(log, partitions)
 
 
+def replace_topic(log: KafkaLog, topic: Topic) -> None:
+    """Delete a topic and create it again: empty, with the replication it had. Blocks for seconds.
+
+    Raises `Unreachable`, or `KafkaException` when the broker refuses.
+    """
+    admin, name = log.admin(), topic.on(log.prefix)
+    known = admin.list_topics(timeout=_CALL_S).topics.get(name)
+    replication = 1 if known is None else max(len(p.replicas) for p in known.partitions.values())
+    count = log.partitions if topic.partitioned else 1
+    if known is not None:
+        admin.delete_topics([name], request_timeout=_CALL_S)[name].result(_CALL_S)
+        _await(lambda: name not in admin.list_topics(timeout=_CALL_S).topics, f"{name} is still there")
+    new = NewTopic(name, count, replication, config=topic.settings)
+    admin.create_topics([new], request_timeout=_CALL_S)[name].result(_CALL_S)
+    _await_topics(log)
+
+
+def _await(found: Callable[[], bool], otherwise: str) -> None:
+    deadline = time.monotonic() + _CALL_S
+    while not found():
+        if time.monotonic() > deadline:
+            raise Unreachable(f"{otherwise} after {_CALL_S:.0f} s")
+        time.sleep(0.05)
+
+
 def _await_topics(log: KafkaLog) -> None:
     """Wait until every broker knows the topics: creation is answered before metadata has spread."""
-    admin = log.admin()
-    deadline = time.monotonic() + _CALL_S
-    while time.monotonic() < deadline:
-        known = admin.list_topics(timeout=_CALL_S).topics
-        if all(t.on(log.prefix) in known and known[t.on(log.prefix)].partitions for t in topics.ALL):
-            return
-    raise Unreachable(f"the topics of {log.prefix} do not appear on {log.bootstrap} within {_CALL_S:.0f} s")
+
+    def there() -> bool:
+        known = log.admin().list_topics(timeout=_CALL_S).topics
+        return all(t.on(log.prefix) in known and known[t.on(log.prefix)].partitions for t in topics.ALL)
+
+    _await(there, f"the topics of {log.prefix} have not all appeared on {log.bootstrap}")
 
 
 def _pin(log: KafkaLog, partitions: int) -> None:

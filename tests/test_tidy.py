@@ -40,6 +40,7 @@ SHELL = frozenset(
         "log",
         "memory_log",
         "processor",
+        "rebuild",
         "recovery",
         "runner",
         "shard",

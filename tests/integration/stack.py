@@ -227,6 +227,8 @@ class Stack:
         self._processes: list[Process] = []
         self._tails: dict[str, Tail] = {}
         self._client: Client | None = None
+        self.environment: dict[str, str] = {}
+        """More settings for processes that are started from now on."""
         self._kcat = Producer({"bootstrap.servers": bootstrap, "enable.metrics.push": False, "log_level": 0})
 
     def close(self) -> None:
@@ -254,7 +256,7 @@ class Stack:
             bootstrap=self.bootstrap, namespace=self.prefix, keys_file=self.folder / "keys.json", data_dir=self.folder,
             state_dir=self.folder / "state", checkpoint_dir=self.folder / "checkpoints",
         )  # fmt: skip
-        environment = kept | settings.environment() | {OWNER: str(os.getpid())}
+        environment = kept | settings.environment() | {OWNER: str(os.getpid())} | self.environment
         made = Process([sys.executable, *command], environment, self.folder / f"{name}.log")
         self._processes.append(made)
         return made
@@ -265,10 +267,10 @@ class Stack:
         self.await_engine(engine)
         return engine
 
-    def check_store(self, engine: Process) -> None:
+    def check_store(self, engine: Process, host: str = "state") -> None:
         """Stop the engine; what its stores hold then is what its changelog says (G5)."""
         assert engine.stop() == 0
-        folder = self.folder / "state" / "partition" / "engine" / self.log.topic_id(topics.CHANGELOG.name)
+        folder = self.folder / host / "partition" / "engine" / self.log.topic_id(topics.CHANGELOG.name)
         rows = self.changelog()
         for partition in range(self.log.partitions):
             store = Generations(folder / str(partition)).open()
