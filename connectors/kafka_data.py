@@ -151,8 +151,13 @@ class KafkaData:
             raise ConfigurationError(f"port {port} is taken: stop what listens there or ask for another port")
         chosen = port or _free_port(found.port, apart_from=found.controller_port)
         identity = replace(found, port=chosen, controller_port=_free_port(found.controller_port, apart_from=chosen))
-        _write(self._identity_file, json.dumps(asdict(identity)))
+        self.settle(identity)
         return identity
+
+    def settle(self, identity: Identity) -> None:
+        """Write down whose data this is. Before the first start: which cluster and ports a new broker is to have."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        _write(self._identity_file, json.dumps(asdict(identity)))
 
     def is_formatted(self) -> bool:
         """Whether Kafka's storage was prepared; only meaningful after `claim`."""
