@@ -103,11 +103,14 @@ class Runner:
     def _read(self) -> list[Record]:
         try:
             return self.member.read(limits.BATCH_RECORDS, _READ_S)
-        except Fenced:
+        except Fenced as error:
             # A broker that stood still may take a member for its own successor. Soon again, it is another process that
             # goes by the same name, and one of the two has to end.
             if time.monotonic() - self._rejoined < _REJOIN_S:
-                raise
+                raise Fenced(
+                    f"{error}. Another process has its name: two hosts work on copies of one state directory. Remove "
+                    f"`host-id` from the state directory of one of them, and it gets a name of its own"
+                ) from error
         self._close_lanes(list(self._lanes))
         self.member.close()
         self._paused.clear()
@@ -127,7 +130,16 @@ class Runner:
 
     def _assigned(self, partitions: list[TopicPartition]) -> None:
         self.member.pause(partitions)
-        for number in sorted({p for _, p in partitions}):
+        numbers = sorted({p for _, p in partitions})
+        if numbers and numbers[-1] >= self.log.partitions:
+            self.fail(
+                ConfigurationError(
+                    f"{self.kind.name}: the group deals out partition {numbers[-1]}, but the namespace is pinned to "
+                    f"{self.log.partitions}: adding partitions would send routing keys elsewhere. Use a new namespace"
+                )
+            )
+            return
+        for number in numbers:
             if number not in self._lanes:
                 self._lanes[number] = Lane(self, number)
 
