@@ -108,6 +108,12 @@ class EventsIncomplete(InfrastructureError):
     code = "events_incomplete"
 
 
+class RestoreStuck(InfrastructureError):
+    """A partition's state cannot be read to its end: something holds its changelog up."""
+
+    code = "restore_stuck"
+
+
 class Fenced(InfrastructureError):
     """Another process has taken over; this one must stop writing."""
 

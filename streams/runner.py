@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Protocol, TypeVar
 
 from perdure.schemas import limits
-from perdure.schemas.errors import Fenced, Unreachable
+from perdure.schemas.errors import ConfigurationError, Fenced, Unreachable
 from perdure.streams.crash_marks import CrashMarks
 from perdure.streams.generations import Generations
 from perdure.streams.log import BEGIN, Log, Member, Record, TopicPartition

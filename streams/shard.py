@@ -14,10 +14,11 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable
 
-from perdure.schemas.errors import ConfigurationError, Fenced, LogTruncated, Unreachable
+from perdure.schemas.errors import ConfigurationError, Fenced, LogTruncated, RestoreStuck, Unreachable
 from perdure.streams.crash_marks import CrashMarks
 from perdure.streams.log import Log, Member, OutcomeUnknown, Reader, Record, TransactionAborted, Transactional
 from perdure.streams.processor import Kind, Out, changelog_rows
+from perdure.streams.restore_watch import RestoreWatch
 from perdure.streams.store import META, Store
 
 CHANGELOG_POSITION = META + b"changelog"
@@ -87,11 +88,24 @@ class Shard:
                 f"{self.kind.changelog}/{self.partition} ends at {self._target}, but the local store has read up to "
                 f"{begin}: the topic was truncated or replaced. Restore the topic, or remove the local store to rebuild"
             )
-        reader.assign({(self.kind.changelog, self.partition): max(begin, first)})
+        if begin < first:
+            # Compaction leaves a log's start where it is: somebody has deleted records, and rows with them.
+            reader.close()
+            raise LogTruncated(
+                f"{self.kind.changelog}/{self.partition} begins at {first}, but the local store has read only up to "
+                f"{begin}: what was deleted before it was read is missing in the state. Restore the topic, or start "
+                f"on a host whose store is newer"
+            )
+        reader.assign({(self.kind.changelog, self.partition): begin})
+        self._watch = RestoreWatch(f"{self.kind.changelog}/{self.partition}", begin, self._target)
         self._reader = reader
 
     def restore_some(self) -> bool:
-        """Read the next slice of the changelog into the store; True once the store is up to date."""
+        """Read the next slice of the changelog into the store; True once the store is up to date.
+
+        Blocks for 0.2 s. Raises `RestoreStuck` when nothing has come for minutes, `LogTruncated` when records were
+        deleted before they were read.
+        """
         reader = self._reader
         if reader is None or self.kind.changelog is None:
             return True
@@ -100,12 +114,24 @@ class Shard:
             if records:
                 writes: dict[bytes, bytes | None] = {r.key: r.value for r in records if r.key is not None}
                 self._write(writes | {CHANGELOG_POSITION: (records[-1].offset + 1).to_bytes(8, "big")})
+                self._watch.advanced(records[-1].offset + 1)
+            elif self._watch.is_stuck():
+                self._refuse_to_wait(reader, self.kind.changelog)
             return False
         reader.close()
         self._reader = None
         self._apply({CHANGELOG_POSITION: self._target.to_bytes(8, "big")})
         self.processor.rolled_back()
         return True
+
+    def _refuse_to_wait(self, reader: Reader, changelog: str) -> None:
+        """Raise `RestoreStuck`, unless it is the broker that is away."""
+        try:
+            _, end = reader.bounds(changelog, self.partition)
+        except Unreachable:
+            self._watch.excuse()
+        else:
+            raise RestoreStuck(self._watch.why_stuck(end))
 
     def start_positions(self) -> dict[str, int | None]:
         """Input topic -> offset to read from; None: from the first record. Raises `LogTruncated`.
@@ -119,14 +145,8 @@ class Shard:
         for topic in self.kind.inputs:
             committed = group[topic, self.partition]
             stated = committed if self.kind.plain_changelog else known.get(topic)
+            self._require_all_of_the_state(topic, stated, committed)
             first, _ = reader.bounds(topic, self.partition)
-            if stated is None and committed is not None and self.kind.changelog is not None:
-                reader.close()
-                raise LogTruncated(
-                    f"{self.kind.name} has executed {topic}/{self.partition} up to {committed}, but its state is gone: "
-                    f"{self.kind.changelog} was emptied or replaced. Nothing is executed twice: restore the topic, or "
-                    f"rebuild the state from task-events by `perdure rebuild --from-events`"
-                )
             if stated is not None and stated < first and topic in self.kind.skippable:
                 stated = first
             if stated is not None and stated < first:
@@ -139,6 +159,16 @@ class Shard:
             positions[topic] = stated
         reader.close()
         return positions
+
+    def _require_all_of_the_state(self, topic: str, stated: int | None, committed: int | None) -> None:
+        """State and position are committed as one: a state that is behind has lost something. Raises `LogTruncated`."""
+        if self.kind.changelog is not None and committed is not None and (stated is None or stated < committed):
+            raise LogTruncated(
+                f"{self.kind.changelog}/{self.partition} holds the state after {topic} {stated or 0}, but "
+                f"{self.kind.name} has executed up to {committed}: the changelog was replaced, or has lost its end. "
+                f"Executing those records again would record them twice. Restore the topic, or "
+                f"rebuild the state from task-events by `perdure rebuild --from-events`"
+            )
 
     # Batches ---------------------------------------------------------------------------------------------------------
 

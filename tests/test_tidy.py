@@ -42,6 +42,7 @@ SHELL = frozenset(
         "processor",
         "rebuild",
         "recovery",
+        "restore_watch",
         "runner",
         "shard",
         "snapshot_taker",

@@ -55,7 +55,7 @@ def test_the_changelog_is_lost_and_rebuilt_from_the_events(stack: Stack) -> None
 
     engine.start()
     assert engine.ended() == 1
-    assert "its state is gone" in engine.text()
+    assert "the changelog was replaced" in engine.text()
     assert "perdure rebuild --from-events" in engine.text()
 
     def rebuilt() -> bool:

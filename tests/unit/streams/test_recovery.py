@@ -147,7 +147,7 @@ def test_an_interrupted_rebuild_is_refused_and_can_be_done_again(tmp_path: Path)
     world = World(1)
     world.submit()
     world.log.replace(topics.CHANGELOG.name)
-    with pytest.raises(LogTruncated, match=r"its state is gone.*perdure rebuild"):
+    with pytest.raises(LogTruncated, match=r"the changelog was replaced.*perdure rebuild"):
         LocalEngine(world.log, KEYS, lambda: world.now)
     rebuild(world.log, tmp_path, lambda: world.log.replace(topics.CHANGELOG.name), lambda _: None)
     world.restart("empty")
