@@ -305,7 +305,7 @@ WRITERS = {
     "CLI": {"perdure/catalog.py", "streams/topology.py"},
     "API": {"perdure/server_main.py"},
     "engine hosts": {"streams/duties.py", "streams/host.py"},
-    "engine": {"streams/engine.py", "streams/local_engine.py", "streams/processor.py"},
+    "engine": {"streams/engine.py", "streams/local_engine.py", "streams/processor.py", "streams/rebuild.py"},
     "progress projection": {"projections/progress.py"},
     "dead-letter projection": {"projections/dead_letters.py"},
     "every reader": {
