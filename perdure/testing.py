@@ -357,7 +357,7 @@ class Kit:
             return self._clock.now + limits.TICK_SPACING_MS
         worker, state = self._worker, engine.state
         if worker is not None and all(worker.lives(session) for session in state.sessions):
-            return None if state.next_timer is None else state.next_timer - state.clock.offset
+            return state.next_due()
         return due  # somebody is silent: the engine's looks at the sessions count
 
 

@@ -45,7 +45,7 @@ def status(s: State, m: Moment, task_id: str) -> dict[str, Any]:
     fraction = 1.0 if done else (live.fraction if live else None)
     if fraction is None and live and live.units_total and live.units_done is not None:
         fraction = min(1.0, live.units_done / live.units_total)
-    eta = _eta_seconds(m, t, spec, fraction)
+    eta = _eta_seconds(s, m, t, spec, fraction)
     return {
         "task_id": task_id, "type": spec.type, "queue": spec.queue, "state": t.state, "reason": reason,
         "stopping": t.stopping, "priority": spec.priority, "labels": spec.labels,
@@ -55,7 +55,7 @@ def status(s: State, m: Moment, task_id: str) -> dict[str, Any]:
         "attempt": t.attempt, "epoch": t.epoch, "milestones": t.milestones,
         "elapsed_seconds": None if t.started_at is None else max(0, end - t.started_at) / 1000,
         "eta_seconds": eta, "submitted_at": spec.submitted_at, "started_at": t.started_at, "finished_at": t.finished_at,
-        "updated_at": t.updated_at, "due": None if t.due is None else t.due - s.clock.offset,
+        "updated_at": t.updated_at, "due": s.start_time(t),
         "worker_id": t.worker_id or None, "session": t.session or None,
         "result": json.loads(result.result) if result else None,
         "error": dict(t.error.__dict__) if t.error else None,
@@ -86,8 +86,8 @@ def why(s: State, m: Moment, task_id: str, reason: str) -> str:
         if t.ready and spec.policy is None and spec.policy_version is not None:
             return f"waits until version {spec.policy_version} of type {spec.type!r} has arrived here"
         text = _WORDS.get(reason, f"waits ({reason})").format(queue=spec.queue)
-        if t.due is not None:
-            text += f", {max(0, t.due - m.now) / 1000:.1f} s to go"
+        if (start := s.start_time(t)) is not None:
+            text += f", {max(0, start - m.at) / 1000:.1f} s to go"
         elif all(w.running >= w.slots for w in _able(s, spec)):
             text += ": every slot is taken"
         return text
@@ -110,11 +110,12 @@ def _able(s: State, spec: TaskSpec) -> list[Any]:
     return [w for w in s.sessions.values() if w.state == "live" and spec.queue in w.queues and spec.type in w.types]
 
 
-def _eta_seconds(m: Moment, t: TaskState, spec: TaskSpec, fraction: float | None) -> float | None:
+def _eta_seconds(s: State, m: Moment, t: TaskState, spec: TaskSpec, fraction: float | None) -> float | None:
     """Remaining time at the pace so far; the submitter's estimate before there is a pace."""
     if t.state not in ("PENDING", "RUNNING"):
         return None
-    wait = 0 if t.due is None else max(0, t.due - m.now)
+    start = s.start_time(t)
+    wait = 0 if start is None else max(0, start - m.at)
     elapsed = t.ran + (m.now - t.clock_since if t.started else 0)
     if fraction is not None and fraction > 0 and elapsed > 0:
         return round((wait + elapsed * (1 - fraction) / fraction) / 1000, 3)

@@ -90,10 +90,10 @@ def _queued(s: State, e: events.TaskQueued) -> None:
     if task.row.state == "PAUSED":
         task.move("PENDING")
     if e.due is not None:  # a start time, or a delay that was counted when it was set
-        task.arm("due", e.due, relative=False)
+        task.arm(tables.NOT_BEFORE if e.reason == "delayed" else "due", e.due, relative=False)
         task.save(reason=e.reason, due=e.due)
         return
-    task.disarm("due")
+    task.disarm("due", tables.NOT_BEFORE)
     s.put(*task.place(), rows.Ready(task_id=e.task_id))
     resumed = task.row.state == "PAUSED"
     used = task.row.queue_used if resumed else 0
@@ -235,7 +235,7 @@ def _paused(s: State, e: events.TaskPaused) -> None:
     task = TaskChange(s, e)
     task.leave_queue()
     task.end_epoch()
-    task.disarm("due")
+    task.disarm("due", tables.NOT_BEFORE)
     task.move("PAUSED", reason="shutdown" if e.why == "shutdown" else "")
     task.save(due=e.due)
 

@@ -47,7 +47,7 @@ class State:
         self.sessions: dict[str, Session] = {s.decode(): row for s, row in self.scan(tables.SESSIONS)}
         self.clock: Clock = self.get(tables.CLOCK, b"") or Clock()
         self.position: Position | None = self.get(tables.POSITION, b"")
-        self.next_timer = self._first_timer()
+        self.look_for_timers()
         self.grantable = True
 
     # Reading ---------------------------------------------------------------------------------------------------------
@@ -192,14 +192,26 @@ class State:
         """Partition time `delay` after the log time `at`; in a window of doubt, counted from the later reading."""
         return at + self.clock.offset + max(0, self.clock.unconfirmed) + delay
 
-    def _first_timer(self) -> int | None:
-        """Partition time of the earliest timer."""
-        firsts = [next(self.scan(scope), None) for scope in (tables.TIMERS, tables.SOFT_TIMERS)]
-        return min((tables.timer_due(f[0]) for f in firsts if f is not None), default=None)
+    def start_time(self, t: TaskState) -> int | None:
+        """Log time at which a task that waits for one becomes ready. Before its first attempt it waits for the time
+        that was given; later for a delay, which is counted in partition time.
+        """
+        return t.due if t.due is None or not t.attempt else t.due - self.clock.offset
+
+    def _first_timer(self, *scopes: bytes) -> int | None:
+        """Due time of the earliest timer."""
+        firsts = [next(self.suffixes(scope), None) for scope in scopes]
+        return min((tables.timer_due(f) for f in firsts if f is not None), default=None)
 
     def look_for_timers(self) -> None:
-        """Find the earliest timer again, after some have fired."""
-        self.next_timer = self._first_timer()
+        """Find the earliest timers again, after some have fired: in partition time, and in wall time."""
+        self.next_timer = self._first_timer(tables.TIMERS, tables.SOFT_TIMERS)
+        self.next_start = self._first_timer(tables.START_TIMERS)
+
+    def next_due(self) -> int | None:
+        """Log time of the earliest timer; None: there is none."""
+        dues = [] if self.next_timer is None else [self.next_timer - self.clock.offset]
+        return min(dues if self.next_start is None else [*dues, self.next_start], default=None)
 
     # Changing: for evolve alone --------------------------------------------------------------------------------------
 
@@ -221,6 +233,9 @@ class State:
         elif kind in (tables.TIMERS, tables.SOFT_TIMERS):
             if row is not None and (self.next_timer is None or tables.timer_due(suffix) < self.next_timer):
                 self.next_timer = tables.timer_due(suffix)
+        elif kind == tables.START_TIMERS:
+            if row is not None and (self.next_start is None or tables.timer_due(suffix) < self.next_start):
+                self.next_start = tables.timer_due(suffix)
         elif kind == tables.SESSIONS:
             self.grantable = True
             if row is None:

@@ -14,6 +14,10 @@ from perdure.schemas import ids
 
 TIMERS = b"d"
 SOFT_TIMERS = b"D"
+START_TIMERS = b"e"
+"""Start times that somebody gave: wall time, where all other timers count partition time."""
+NOT_BEFORE = "not_before"
+"""Kind of the timers among them."""
 CONFIG = b"c"
 COUNTERS = b"n"
 SESSIONS = b"S"
@@ -121,6 +125,11 @@ def session_of_lease(key: bytes) -> str:
 def timer(due: int, kind: str, task_id: str) -> bytes:
     """Suffix of a timer."""
     return number(max(due, 0)) + text(kind) + text(task_id)
+
+
+def timers(kind: str) -> bytes:
+    """Scope of a task's timers of a kind."""
+    return START_TIMERS if kind == NOT_BEFORE else TIMERS
 
 
 def timer_due(suffix: bytes) -> int:

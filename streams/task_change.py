@@ -49,7 +49,7 @@ class TaskChange:
         """
         self.disarm(kind)
         suffix = tables.timer(due, kind, self.id)
-        self.s.put(tables.TIMERS, suffix, rows.Timer(task_id=self.id, kind=kind))
+        self.s.put(tables.timers(kind), suffix, rows.Timer(task_id=self.id, kind=kind))
         if relative and self.s.clock.unconfirmed > 0:
             self.s.put(tables.WINDOW, suffix, rows.Mark(value=self.s.clock.unconfirmed))
         self.changes["timers"] = self._timers() | {kind: due}
@@ -59,7 +59,7 @@ class TaskChange:
         timers = self._timers()
         for kind in kinds:
             if kind in timers:
-                self.s.put(tables.TIMERS, tables.timer(timers[kind], kind, self.id), None)
+                self.s.put(tables.timers(kind), tables.timer(timers[kind], kind, self.id), None)
                 self.changes["timers"] = timers = {k: due for k, due in timers.items() if k != kind}
 
     def disarm_all(self) -> None:

@@ -223,8 +223,10 @@ def _bury(s: State, m: Moment, task_id: str) -> Outputs:
 def queue_again(s: State, m: Moment, task_id: str, reason: str) -> Outputs:
     """To its place in the queue, or on with the delay it was waiting for."""
     t = s.known(task_id)
-    if t.due is not None and t.due > m.now:
-        yield events.TaskQueued(**of_task(s, m, task_id), reason="retry_backoff" if t.attempt else "delayed", due=t.due)
+    if t.due is not None and not t.attempt:  # wall time: only a tick knows whether it is past
+        yield events.TaskQueued(**of_task(s, m, task_id), reason="delayed", due=t.due)
+    elif t.due is not None and t.due > m.now:
+        yield events.TaskQueued(**of_task(s, m, task_id), reason="retry_backoff", due=t.due)
     else:
         yield events.TaskQueued(**of_task(s, m, task_id), reason=reason)
 

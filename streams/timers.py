@@ -39,8 +39,9 @@ def tick(s: State, m: Moment, record: Tick) -> Outputs:
         yield from leases.restart(s, m)
     yield from clock.settle(s, m, next(s.scan(tables.WINDOW), None) is not None)
     yield from _go_on(s, m)
-    yield from _fire(s, m, tables.TIMERS)
-    yield from _fire(s, m, tables.SOFT_TIMERS)
+    yield from _fire(s, m, tables.START_TIMERS, m.at)
+    yield from _fire(s, m, tables.TIMERS, m.now)
+    yield from _fire(s, m, tables.SOFT_TIMERS, m.now)
     if s.touched < _KEYS:
         yield from leases.examine(s, m)
 
@@ -79,8 +80,8 @@ def bind_tasks(s: State, m: Moment, task_type: str, after: str = "") -> Outputs:
         yield Note(tables.MARKS, cursor, None)
 
 
-def _fire(s: State, m: Moment, scope: bytes) -> Outputs:
-    for suffix, timer in _due(s, scope, m.now):
+def _fire(s: State, m: Moment, scope: bytes, now: int) -> Outputs:
+    for suffix, timer in _due(s, scope, now):
         if s.touched >= _KEYS:
             return
         if s.get(scope, suffix) is None:
@@ -159,6 +160,7 @@ def _soft(s: State, m: Moment, suffix: bytes, timer: Timer) -> Outputs:
 
 _KINDS: dict[str, Callable[[State, Moment, str], Outputs]] = {
     "due": _ready,
+    tables.NOT_BEFORE: _ready,
     "start": _not_started,
     "queue": _timeout("queue"),
     "run": _timeout("run"),
@@ -178,6 +180,6 @@ def next_tick(s: State) -> int | None:
         return AT_ONCE
     if next(s.scan(tables.WINDOW), None) is not None:
         return AT_ONCE
-    looks = [s.next_timer, *(leases.next_look(w) for w in s.sessions.values())]
-    firsts = [at for at in looks if at is not None]
-    return min(firsts) - s.clock.offset if firsts else None
+    looks = [look - s.clock.offset for w in s.sessions.values() if (look := leases.next_look(w)) is not None]
+    due = s.next_due()
+    return min(looks if due is None else [*looks, due], default=None)

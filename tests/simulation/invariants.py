@@ -211,13 +211,14 @@ class Invariants:
                     named |= self._named(state, task_id, t)
                     running[t.session] += t.state == "RUNNING"
                     self._check_open(partition, task_id, t)
-        stored = {k for k in self.world.rows(partition) if k[:1] in (b"q", b"h", b"g", tables.TIMERS)}
+        kinds = (b"q", b"h", b"g", tables.TIMERS, tables.START_TIMERS)
+        stored = {k for k in self.world.rows(partition) if k[:1] in kinds}
         assert stored == named, f"left over {stored - named}, missing {named - stored}"
         for session in state.sessions.values():
             assert session.running == running[session.session], f"{session} holds {running[session.session]}"
 
     def _named(self, state: State, task_id: str, t: TaskState) -> set[bytes]:
-        found = {tables.TIMERS + tables.timer(due, kind, task_id) for kind, due in t.timers.items()}
+        found = {tables.timers(kind) + tables.timer(due, kind, task_id) for kind, due in t.timers.items()}
         spec: rows.TaskSpec = state.spec(task_id)
         if t.ready:
             held = spec.policy is None and spec.policy_version is not None
@@ -232,7 +233,9 @@ class Invariants:
         seen = self.tasks[task_id]
         assert (seen.state, seen.seq, seen.epoch) == (t.state, t.seq, t.epoch)
         if t.state == "PENDING":
-            assert t.ready != ("due" in t.timers), f"G6: {task_id} waits for nothing: {t}"
+            assert t.ready != (not {"due", tables.NOT_BEFORE}.isdisjoint(t.timers)), (
+                f"G6: {task_id} waits for nothing: {t}"
+            )
         elif t.state == "RUNNING":
             session = state.sessions.get(t.session)
             assert session is not None, f"G6: {task_id} runs in a session that is not there"

@@ -50,6 +50,7 @@ def test_an_hour_ahead_for_a_minute_and_back_fires_nothing_early(steps: tuple[in
         world.advance(SECOND)
     assert fired_at(world, before, events.TaskTimedOut, HOUR) >= due - EARLY
     assert world.now <= due + 2 * SECOND
+    world.advance(max(0, due + 2 * SECOND - world.now))
     assert world.task(delayed).ready
     assert fired_at(world, meanwhile, events.TaskTimedOut, HOUR) >= due_meanwhile - EARLY
     assert world.now <= due_meanwhile + 2 * SECOND
@@ -135,6 +136,39 @@ def test_a_start_time_that_the_clock_has_only_passed_by_being_ahead_is_kept_to()
     while not world.task(task_id).ready:
         world.advance(SECOND)
     assert due - EARLY <= world.now <= due + 2 * SECOND
+
+
+@pytest.mark.parametrize("skew", [HOUR, -HOUR])
+@pytest.mark.parametrize("paused", [False, True])
+def test_a_start_time_given_while_the_clock_is_wrong_is_kept_to_once_it_is_right(skew: int, paused: bool) -> None:
+    """A start time is wall time: nothing of it is counted by a clock that is wrong."""
+    world = World()
+    world.submit()
+    jump(world, skew)
+    due = world.now + 10 * MINUTE
+    task_id = world.submit(not_before=due)
+    world.advance(MINUTE)
+    if paused:
+        world.do(commands.PauseTask, task_id)
+        world.do(commands.ResumeTask, task_id)
+    world.advance(MINUTE)
+    assert not world.task(task_id).ready
+    jump(world, -skew)
+    world.advance(due - EARLY - world.now)
+    assert not world.task(task_id).ready
+    world.advance(EARLY + 2 * SECOND)
+    assert world.task(task_id).ready
+
+
+def test_a_start_time_that_was_passed_while_the_task_was_paused_is_over_at_once() -> None:
+    world = World()
+    task_id = world.submit(not_before=world.now + MINUTE)
+    world.do(commands.PauseTask, task_id)
+    world.advance(HOUR)
+    world.do(commands.ResumeTask, task_id)
+    world.advance(limits.TICK_SPACING_MS)
+    assert world.task(task_id).ready
+    assert world.task(task_id).due is None
 
 
 @pytest.mark.parametrize("when", ["before", "meanwhile"])

@@ -64,7 +64,7 @@ def test_of_a_tasks_rows_only_its_latest_reports_are_of_the_session_class(
 
 
 def test_the_classes_of_the_other_tables() -> None:
-    durable = [tables.TIMERS, tables.CONFIG, tables.COUNTERS, tables.CLOCK, tables.WINDOW, tables.outbox(1),
+    durable = [tables.TIMERS, tables.START_TIMERS, tables.CONFIG, tables.COUNTERS, tables.CLOCK, tables.WINDOW, tables.outbox(1),
                tables.leases("s"), tables.ready("q", "t"), tables.held("q", "t"), tables.unbound("t")]  # fmt: skip
     session = [tables.SOFT_TIMERS, tables.SESSIONS, tables.MARKS, tables.POSITION, tables.waiters("q/t")]
     assert all(tables.is_durable(scope + b"x") for scope in durable)
