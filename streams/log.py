@@ -6,7 +6,7 @@ record's log-append time in ms. One conformance suite (tests/conformance/test_lo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -15,6 +15,7 @@ from perdure.schemas.errors import InfrastructureError, ValueTooLarge
 
 BEGIN = -2
 END = -1
+_READ_AT_ONCE = 2_000
 
 TopicPartition = tuple[str, int]
 OnAck = Callable[[int, InfrastructureError | None], None]
@@ -182,3 +183,21 @@ class Log(Protocol):
 
     def topic_id(self, topic: str) -> str:
         """An id that changes when the topic is deleted and created again."""
+
+
+def records_of(log: Log, topic: str, partition: int, *, first: int = BEGIN, committed: bool = True) -> Iterator[Record]:
+    """What a partition of a topic holds at this moment, from `first` on, or from its beginning. Blocks while it reads.
+
+    Raises `Unreachable`.
+    """
+    reader = log.reader(committed=committed)
+    try:
+        begin, end = reader.bounds(topic, partition)
+        reader.assign({(topic, partition): max(first, begin)})  # by number: BEGIN has to be looked up first
+        while not reader.caught_up(topic, partition, end):
+            for record in reader.read(_READ_AT_ONCE, 0.2):
+                if record.offset >= end:
+                    return
+                yield record
+    finally:
+        reader.close()

@@ -39,6 +39,7 @@ SHELL = frozenset(
         "local_engine",
         "log",
         "memory_log",
+        "past",
         "processor",
         "rebuild",
         "recovery",

@@ -1,0 +1,71 @@
+"""A partition as it was is what its engine said of itself then, at any point of any life."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from perdure.schemas import topics
+from perdure.schemas.common import Cause
+from perdure.streams import clock, describe
+from perdure.streams.decision import Moment
+from perdure.streams.past import Past, Point
+from tests.simulation.lives import Lives
+from tests.world import SECOND, World
+
+OF_WORKERS = {"reason", "why"}
+"""What depends on which workers were there: the engine judges that by ticks, a look back by what they said."""
+
+
+def said(world: World, partition: int) -> tuple[int, dict[str, Any], set[tuple[str, str]]]:
+    """(last input executed, task -> status, sessions) as the engine has it now."""
+    s = world.of_engine(partition).state
+    offset = world.executed(partition) - 1
+    at = world.log.records(topics.COMMANDS.name, partition)[offset].at
+    moment = Moment(at, clock.now(s, at), Cause(partition=partition, offset=offset))
+    known = s.find_tasks(b"t", 1_000)
+    sessions = {(w.session, w.state) for w in s.sessions.values() if w.state != "ended"}
+    return offset, {t: describe.status(s, moment, t) for t in known}, sessions
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_look_back_says_what_the_engine_said(seed: int) -> None:
+    lives = Lives(seed, minutes=2)
+    world, told = lives.world, []
+    while world.now < lives.healed_at:
+        lives.run(world.now + 7 * SECOND)
+        told += [(p, *said(world, p)) for p in range(world.partitions) if world.executed(p)]
+    agreed = 0
+    for partition, offset, statuses, sessions in told:
+        past = Past(world.log, partition, Point(command=offset))
+        assert {t for t, _ in past.tasks()} == set(statuses)
+        same_workers = {(w.session, w.state) for w in past.workers} == sessions
+        agreed += same_workers and bool(sessions)
+        for task_id, status in statuses.items():
+            past.recall_progress(task_id)
+            left_out = set() if same_workers else OF_WORKERS
+            mine = past.status(task_id)
+            assert {k: v for k, v in mine.items() if k not in left_out} == {
+                k: v for k, v in status.items() if k not in left_out
+            }
+    assert agreed > len(told) // 4, f"workers were seen right at {agreed} of {len(told)} points"
+
+
+def test_a_time_an_input_and_an_event_name_the_same_past() -> None:
+    lives = Lives(5, tasks=6, minutes=1)
+    lives.run(lives.healed_at)
+    log = lives.world.log
+    for partition in range(lives.world.partitions):
+        found = log.records(topics.EVENTS.name, partition)
+        decoded = [lives.world.decode(r) for r in found]
+        for n in range(len(found) - 1):
+            e, later = decoded[n], decoded[n + 1]
+            if e.at < later.at and e.at == max(d.at for d in decoded[: n + 1]):
+                pasts = [
+                    Past(log, partition, Point(at=e.at)),
+                    Past(log, partition, Point(command=e.cause.offset)),
+                    Past(log, partition, Point(event=found[n].offset)),
+                ]
+                assert {p.event for p in pasts} == {found[n].offset}
+                assert len({str(sorted(p.tasks())) for p in pasts}) == 1
