@@ -35,6 +35,7 @@ _COMMANDS = {
     "workers": "cli_lists",
     "queues": "cli_lists",
     "rebuild": "cli_rebuild",
+    "upgrade": "cli_upgrade",
     "asof": "cli_asof",
 }
 """Command -> module; in the order of the help."""

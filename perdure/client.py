@@ -22,6 +22,7 @@ from perdure.schemas.commands import AwaitTask, Command, Control, DescribeTask, 
 from perdure.schemas.errors import AmbiguousId, InfrastructureError, InvalidRequest, NotFound, UnknownType, Unreachable
 from perdure.schemas.inbox import CommandReply
 from perdure.streams.log import Log, Producer
+from perdure.streams.schema_lookup import SchemaLookup
 from perdure.submission import SubmitOptions, to_command
 
 if TYPE_CHECKING:
@@ -237,6 +238,8 @@ class _Connection:
 
     def __init__(self, log: Log, client_id: str) -> None:
         self.log = log
+        self._lookup = SchemaLookup(log)
+        self._unlearn = codec.learn_from(self._lookup)
         self.catalog = Catalog(log)
         self.replies = Replies(log, client_id)
         self.producer: Producer = log.producer()
@@ -245,6 +248,8 @@ class _Connection:
         self.replies.close()
         self.catalog.close()
         self.producer.close()
+        self._unlearn()
+        self._lookup.close()
 
 
 _default_lock = threading.Lock()

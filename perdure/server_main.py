@@ -26,6 +26,7 @@ from perdure.streams.kafka_log import KafkaLog
 from perdure.streams.log import Log
 from perdure.streams.processor import Kind
 from perdure.streams.runner import Runner
+from perdure.streams.schema_lookup import SchemaLookup
 
 if TYPE_CHECKING:
     from perdure.settings import Settings
@@ -48,6 +49,8 @@ def main(
     state = state_directory(settings)
     slot = HostSlot(state, "server")
     instance = f"{host_id(state)}-{slot.number}"
+    lookup = SchemaLookup(log)
+    unlearn = codec.learn_from(lookup)
     commands = Commands(log)
     projections = [Projection(log, kind, state / "partition", instance) for kind in (PROGRESS, DEAD_LETTERS)]
     name = urlsplit(settings.api or "").hostname
@@ -59,6 +62,8 @@ def main(
         )  # fmt: skip
     finally:
         commands.close()
+        unlearn()
+        lookup.close()
         slot.release()
 
 

@@ -59,6 +59,7 @@ from perdure.session import (
 from perdure.slots import Slots
 from perdure.streams.host_slots import HostSlot, host_id, worker_name
 from perdure.streams.log import Log
+from perdure.streams.schema_lookup import SchemaLookup
 from perdure.worker_logs import METRICS_MS, Activity, LogWriter, Machine
 
 SUPERSEDED = 75
@@ -156,6 +157,9 @@ class Worker:
 
     def _connect(self, stack: ExitStack, name: str) -> None:
         """All that writes to the log."""
+        lookup = SchemaLookup(self._log)
+        stack.callback(lookup.close)
+        stack.callback(codec.learn_from(lookup))
         self._producer = self._log.producer()
         stack.callback(self._producer.close)
         signer = self._keys.newest_worker()

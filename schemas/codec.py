@@ -101,7 +101,7 @@ def decode(data: bytes) -> Any:
     """The record that `data` holds. Raises `UnknownSchema` or `DecodeError`; never anything else."""
     if data[:2] != MARKER or len(data) < HEADER:
         raise DecodeError(f"no single-object Avro record: begins with {data[:2].hex() or 'nothing'}, {len(data)} bytes")
-    known = _BY_HEADER.get(data[:HEADER])
+    known = _BY_HEADER.get(data[:HEADER]) or _learned(data[:HEADER])
     if known is None:
         raise UnknownSchema(f"unknown schema fingerprint {data[2:HEADER].hex()}")
     body = io.BytesIO(data)
@@ -155,6 +155,33 @@ def read_also(schema: dict[str, Any]) -> None:
     if form is None:
         raise ValueError(f"no record class is named {schema['namespace']}.{schema['name']}")
     _BY_HEADER.setdefault(MARKER + schema_fingerprint(schema), _Older(form.cls, schema))
+
+
+Ask = Callable[[str], dict[str, Any] | None]
+"""Fingerprint (hex) -> the schema that somebody has published under it, or None."""
+_ASKED: list[Ask] = []
+
+
+def learn_from(ask: Ask) -> Callable[[], None]:
+    """Have `decode` ask for the schemas of builds that are newer than this one; returns what ends that.
+
+    A newer build publishes its schemas before it writes with them. What it has added to a record is passed over.
+    """
+    _ASKED.append(ask)
+    return lambda: _ASKED.remove(ask)
+
+
+def _learned(header: bytes) -> _Older | _Format | None:
+    """The format of a record of another build, if somebody knows its schema and this build its class."""
+    name = header[2:].hex()
+    for ask in list(_ASKED):
+        schema = ask(name)
+        if schema is None or schema_fingerprint(schema).hex() != name:
+            continue
+        if f"{schema.get('namespace')}.{schema.get('name')}" in _BY_NAME:
+            read_also(schema)
+            return _BY_HEADER[header]
+    return None
 
 
 def published_schemas() -> dict[str, dict[str, Any]]:

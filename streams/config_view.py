@@ -21,16 +21,20 @@ class ConfigView:
 
     def refresh(self, timeout_s: float = 0.0) -> set[str]:
         """Read on; the names that have changed. The first call reads to the topic's present end."""
-        if self._reader is None:
-            self._reader = self.log.reader()
+        return self.refresh_to_end() if self._reader is None else self._read(timeout_s)
+
+    def refresh_to_end(self) -> set[str]:
+        """Read on to the topic's present end; the names that have changed."""
+        begin = self._reader is None
+        self._reader = reader = self._reader or self.log.reader()
+        first, end = reader.bounds(topics.CONFIG.name, 0)
+        if begin:
             # A number, not BEGIN: a fresh consumer takes half a second to resolve that.
-            first, end = self._reader.bounds(topics.CONFIG.name, 0)
-            self._reader.assign({(topics.CONFIG.name, 0): first})
-            changed: set[str] = set()
-            while not self._reader.caught_up(topics.CONFIG.name, 0, end):
-                changed |= self._read(0.2)
-            return changed
-        return self._read(timeout_s)
+            reader.assign({(topics.CONFIG.name, 0): first})
+        changed: set[str] = set()
+        while not reader.caught_up(topics.CONFIG.name, 0, end):
+            changed |= self._read(0.2)
+        return changed
 
     def _read(self, timeout_s: float) -> set[str]:
         assert self._reader is not None

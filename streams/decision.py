@@ -19,6 +19,10 @@ from perdure.streams.state import State
 
 BUILD = "0.1.0"
 FEATURE_LEVEL = 1
+"""The highest level of features that this build knows. What it uses is the namespace's level, which somebody raises
+once every engine knows the next one."""
+LEVEL = "feature/level"
+"""Name of the namespace's level in `config`; without one it is 1."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,13 +109,19 @@ Outputs = Iterator[Output]
 def of_task(s: State, m: Moment, task_id: str) -> dict[str, Any]:
     """The fields every next event of a task has."""
     row = s.task(task_id)
-    return _head(m) | {"task_id": task_id, "seq": 1 if row is None else row.seq + 1}
+    return _head(s, m) | {"task_id": task_id, "seq": 1 if row is None else row.seq + 1}
 
 
 def of_partition(s: State, m: Moment) -> dict[str, Any]:
     """The fields every next event of the partition has."""
-    return _head(m) | {"seq": s.counter("events") + 1}
+    return _head(s, m) | {"seq": s.counter("events") + 1}
 
 
-def _head(m: Moment) -> dict[str, Any]:
-    return {"at": m.at, "cause": m.cause, "build": BUILD, "feature_level": FEATURE_LEVEL}
+def _head(s: State, m: Moment) -> dict[str, Any]:
+    return {"at": m.at, "cause": m.cause, "build": BUILD, "feature_level": feature_level(s)}
+
+
+def feature_level(s: State) -> int:
+    """The level at which this partition decides."""
+    known = s.config(LEVEL)
+    return 1 if known is None else int(known[1]["level"])

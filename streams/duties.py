@@ -20,7 +20,7 @@ from perdure.streams.decision import Acknowledge, Send
 from perdure.streams.engine import Engine
 from perdure.streams.log import Producer
 
-APPLIED_KINDS = frozenset({"queue", "type", "limit", "schedule", "rule", "notify"})
+APPLIED_KINDS = frozenset({"queue", "type", "limit", "schedule", "rule", "notify", "feature"})
 _PATIENCE_MS = 1_000
 
 

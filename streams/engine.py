@@ -14,7 +14,7 @@ from typing import Any
 from perdure.schemas import codec, commands, ids, limits, topics
 from perdure.schemas.codec import UnknownSchema, replace
 from perdure.schemas.common import Cause
-from perdure.schemas.errors import DecodeError, InfrastructureError, ValueTooLarge
+from perdure.schemas.errors import ConfigurationError, DecodeError, InfrastructureError, ValueTooLarge
 from perdure.schemas.inbox import RunAttempt
 from perdure.schemas.json_commands import InvalidCommand, JsonNotAllowed, parse
 from perdure.schemas.public import Quarantined
@@ -24,6 +24,8 @@ from perdure.schemas.signing import Keys, authentic
 from perdure.streams import clock, ready_queue, routing, tables, timers
 from perdure.streams.decide import Illegal, Input, decide
 from perdure.streams.decision import (
+    BUILD,
+    FEATURE_LEVEL,
     Acknowledge,
     Moment,
     Note,
@@ -33,6 +35,7 @@ from perdure.streams.decision import (
     Send,
     Telemetry,
     ToWorker,
+    feature_level,
 )
 from perdure.streams.evolve import evolve
 from perdure.streams.log import Record
@@ -54,6 +57,16 @@ class Engine:
         self._out: list[Out] = []
         self._after: list[Send | Acknowledge] = []
         self._careful = False
+        self._refuse_newer()
+
+    def _refuse_newer(self) -> None:
+        """Raise `ConfigurationError` for the state of a newer build: this one would not do what it stands for."""
+        level = feature_level(self.state)
+        if level > FEATURE_LEVEL:
+            raise ConfigurationError(
+                f"the state of partition {self.state.partition} is at feature level {level}, and this build ({BUILD}) "
+                f"knows levels up to {FEATURE_LEVEL}: run a build that knows it"
+            )
 
     def execute(self, record: Record, *, careful: bool = False) -> None:
         """Execute one record. Never raises for what the record holds or brings about."""
@@ -260,6 +273,7 @@ class Engine:
         """The transaction was aborted: as after the last commit."""
         self._out, self._after = [], []
         self.state.rolled_back()
+        self._refuse_newer()
 
     def next_tick(self) -> int | None:
         """Log time at which a tick has something to do; None: never, as things stand."""

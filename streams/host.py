@@ -12,10 +12,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 from perdure.schemas import codec, topics
+from perdure.schemas.errors import ConfigurationError
 from perdure.schemas.public import ConfigRecord
 from perdure.schemas.signing import Keys
 from perdure.streams import topology
 from perdure.streams.config_view import ConfigView
+from perdure.streams.decision import BUILD, FEATURE_LEVEL, LEVEL
 from perdure.streams.duties import Duties
 from perdure.streams.engine import Engine
 from perdure.streams.host_slots import HostSlot, host_id
@@ -23,6 +25,7 @@ from perdure.streams.kafka_log import KafkaLog
 from perdure.streams.local_engine import engine_kind
 from perdure.streams.log import Log
 from perdure.streams.runner import Runner
+from perdure.streams.schema_lookup import SchemaLookup
 from perdure.streams.shard import Shard
 from perdure.streams.snapshot_taker import SnapshotTaker
 
@@ -61,8 +64,11 @@ class EngineHost:
         publish_schemas(log)
         self._slot = HostSlot(state_dir, "engine")
         self._log, self._keys, self._taker = log, keys, taker
+        self._lookup = SchemaLookup(log)
+        self._unlearn = codec.learn_from(self._lookup)
         self._config = ConfigView(log)
         self._config.refresh()
+        self._refuse_newer()
         self._producer = log.producer()
         self._stopped = threading.Event()
         self._runner = Runner(
@@ -92,8 +98,20 @@ class EngineHost:
                 self._taker.close(_UPLOAD_S)
             watcher.join(5.0)
             self._config.close()
+            self._unlearn()
+            self._lookup.close()
             self._producer.close()
             self._slot.release()
+
+    def _refuse_newer(self) -> None:
+        """Raise `ConfigurationError` when the namespace was raised to features that this build does not know."""
+        _, content = self._config.names.get(LEVEL, (0, None))
+        level = 1 if content is None else int(json.loads(content)["level"])
+        if level > FEATURE_LEVEL:
+            raise ConfigurationError(
+                f"the namespace {self._log.prefix!r} is at feature level {level}, and this build ({BUILD}) knows "
+                f"levels up to {FEATURE_LEVEL}: run a build that knows it"
+            )
 
     def stop(self) -> None:
         """Finish the transactions under way and end."""
@@ -103,6 +121,7 @@ class EngineHost:
         try:
             while not self._stopped.is_set():
                 if self._config.refresh(0.2):
+                    self._refuse_newer()
                     self._runner.wake()
         except BaseException as error:  # noqa: BLE001 - an engine that no longer hears of configuration must not go on
             self._runner.fail(error)

@@ -11,7 +11,7 @@ from perdure.schemas.common import Policy, Retry
 from perdure.schemas.errors import InvalidRequest
 from perdure.schemas.ids import check_queue
 from perdure.schemas.policies import apply_overrides, policy_from_json
-from perdure.streams.decision import Moment, Outputs, of_task
+from perdure.streams.decision import FEATURE_LEVEL, LEVEL, Moment, Outputs, of_task
 from perdure.streams.state import State
 
 _PLAIN = (
@@ -66,6 +66,8 @@ def fault(name: str, content: bytes | None) -> str | None:
                 return "routing_keys is no list"
             for key in (rest, *routing_keys):
                 check_queue(key, "routing_keys")
+        elif name == LEVEL and not 1 <= int(value.get("level", 0)) <= FEATURE_LEVEL:
+            return f"this build knows the feature levels 1 to {FEATURE_LEVEL}"
     except (ValueError, TypeError, InvalidRequest) as error:
         return str(error)
     return None

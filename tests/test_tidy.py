@@ -45,6 +45,7 @@ SHELL = frozenset(
         "recovery",
         "restore_watch",
         "runner",
+        "schema_lookup",
         "shard",
         "snapshot_taker",
         "snapshots",

@@ -1,0 +1,67 @@
+"""The command `upgrade`: raise the namespace to the features that every running engine knows."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING
+
+import click
+
+from perdure.cli_common import Session, session
+from perdure.schemas.errors import CommandRefused, InvalidRequest, Unreachable
+
+if TYPE_CHECKING:
+    from perdure.streams.kafka_log import KafkaLog
+
+
+@click.command()
+@click.option("--to", "wanted", type=click.IntRange(min=1), help="The level; default: this build's highest.")
+@session
+def upgrade(session: Session, wanted: int | None) -> int:
+    """Let the engines use what a new build brings, once all of them run it.
+
+    New builds work as the old one did until this is said, so engines, workers and servers can be replaced one by one,
+    and put back. Afterwards an older build refuses the namespace.
+
+    \b
+    perdure upgrade
+    """
+    from perdure.schemas import codec, topics
+    from perdure.schemas.public import ConfigRecord
+    from perdure.streams.config_view import ConfigView
+    from perdure.streams.decision import FEATURE_LEVEL, LEVEL
+    from perdure.streams.kafka_log import KafkaLog
+
+    settings = session.settings()
+    level = wanted or FEATURE_LEVEL
+    if level > FEATURE_LEVEL:
+        raise InvalidRequest(f"this build knows levels up to {FEATURE_LEVEL}; use a newer one", field="to")
+    log = KafkaLog(settings.require_bootstrap(), settings.namespace, options=settings.kafka)
+    view = ConfigView(log)
+    view.refresh()
+    view.close()
+    _, content = view.names.get(LEVEL, (0, None))
+    present = 1 if content is None else int(json.loads(content)["level"])
+    if level < present:
+        raise CommandRefused(f"the namespace is at level {present}, and levels are never lowered")
+    if level > present:
+        _refuse_older(log, level)
+        producer = log.producer()
+        record = ConfigRecord(name=LEVEL, content=json.dumps({"level": level}).encode())
+        producer.append(topics.CONFIG.name, 0, LEVEL.encode(), codec.encode(record))
+        done = producer.flush(15.0)
+        producer.close()
+        if not done:
+            raise Unreachable("the level could not be written to config")
+    session.answer({"level": level, "was": present}, f"feature level {level} (was {present})")
+    return 0
+
+
+def _refuse_older(log: KafkaLog, level: int) -> None:
+    from perdure.engine_main import level_of
+    from perdure.streams.local_engine import GROUP
+
+    older = {name: said for name, said in log.members(GROUP).items() if (level_of(said) or 0) < level}
+    if older:
+        told = ", ".join(f"{name} ({said})" for name, said in sorted(older.items()))
+        raise CommandRefused(f"engines that do not know level {level} are running: {told}; replace them first")
