@@ -20,10 +20,11 @@ from perdure.streams.kafka_connection import CALL_S, Connection, quiet, sorted_e
 from perdure.streams.log import OnAck, OutcomeUnknown, TransactionAborted, check_size
 from perdure.streams.log import TopicPartition as Where
 
-_SLOW_COMMIT_S = 0.35
-"""librdkafka repeats an EndTxn by itself when its connection is lost, and the first one may still arrive: inside the
-next transaction, unless a new epoch fences it. Reconnecting takes 0.75 x reconnect.backoff.ms at the least, so a commit
-that was repeated was slower than this (docs/decisions/0005)."""
+_SLOW_COMMIT_S = 10.0
+"""Nobody knows what has become of a request for so long."""
+_LOST = frozenset({"FAIL", "REQTMOUT"})
+_NEVER_MADE = "in state CONNECT"
+"""What librdkafka calls the loss of a connection, and how its word ends if nothing was ever sent on it."""
 _OFFSETS_S = 3.0
 """How long the group's coordinator may take; see `_Bounded`."""
 _INIT_S = 10.0
@@ -132,21 +133,40 @@ def _serve(calls: SimpleQueue[Callable[[], Any] | None], ends: SimpleQueue[BaseE
         del call  # it holds the producer, which would keep the caller's end from coming
 
 
+class _Link:
+    """Whether a producer has lost a connection, and with it requests that may still arrive. Stands in for its logger.
+
+    librdkafka repeats an EndTxn by itself, and commits successfully; but when the first one arrives as well, inside
+    the next transaction, the broker ends that one, unless it has a newer epoch. Every loss is logged before what was
+    lost is repeated; the same one is logged only once in 30 s, so a producer that has seen one is not used again
+    (docs/decisions/0005).
+    """
+
+    def __init__(self) -> None:
+        self.lost = False
+
+    def log(self, level: int, form: str, facility: str, client: str, text: str) -> None:  # noqa: ARG002
+        """Called by `poll` with each line of librdkafka's log."""
+        self.lost = self.lost or (facility in _LOST and _NEVER_MADE not in text)
+
+
 class KafkaTransactional:
-    """A transactional producer; takes a fresh epoch by itself when a commit was slow (see `_SLOW_COMMIT_S`)."""
+    """A transactional producer; takes a fresh epoch by itself when it has lost a connection (see `_Link`)."""
 
     def __init__(self, log: Connection, name: str) -> None:
         self._log, self._name = log, name
         self._bounded = _Bounded()
         self._suspect = False
         self._fenced: Fenced | None = None
+        self._link = _Link()
         self._producer = self._create()
 
     def _create(self) -> Producer:
+        self._link = _Link()
         producer = Producer(self._log.config(_PRODUCER, {
             "transactional.id": self._log.prefix + self._name, "transaction.timeout.ms": 15_000,
-            "message.timeout.ms": 15_000, "retry.backoff.ms": 10, "reconnect.backoff.ms": 500, "error_cb": quiet,
-        }))  # fmt: skip
+            "message.timeout.ms": 15_000, "retry.backoff.ms": 10, "error_cb": quiet,
+        }) | {"logger": self._link, "log_level": 6})  # fmt: skip
         try:
             producer.init_transactions(_INIT_S)
         except KafkaException as error:
@@ -186,14 +206,17 @@ class KafkaTransactional:
             lambda: self._producer.send_offsets_to_transaction(positions, group, CALL_S), _OFFSETS_S
         ))  # fmt: skip
         self._call("flush", lambda: self._producer.flush(15.0))
-        began = time.monotonic()
-        self._call("commit", lambda: self._producer.commit_transaction(30.0))
-        self._suspect = time.monotonic() - began >= _SLOW_COMMIT_S
+        self._end("commit", lambda: self._producer.commit_transaction(30.0))
 
     def abort(self) -> None:
+        self._end("abort", lambda: self._producer.abort_transaction(30.0))
+
+    def _end(self, doing: str, call: Callable[[], Any]) -> None:
+        """Commit or abort, and find out whether the request was sent more than once."""
         began = time.monotonic()
-        self._call("abort", lambda: self._producer.abort_transaction(30.0))
-        self._suspect = time.monotonic() - began >= _SLOW_COMMIT_S
+        self._call(doing, call)
+        self._producer.poll(0)
+        self._suspect = self._link.lost or time.monotonic() - began >= _SLOW_COMMIT_S
 
     def close(self) -> None:
         if self._fenced is None:
