@@ -76,14 +76,16 @@ class Connection:
         where = TopicPartition(self.prefix + topic, partition)
 
         def ask(spec: OffsetSpec) -> int:
-            return self.ask(
-                lambda admin: int(
-                    admin.list_offsets(
-                        {where: spec}, isolation_level=IsolationLevel.READ_UNCOMMITTED, request_timeout=ASK_S
-                    )[where].result().offset
-                ),
-                f"no offsets of {where.topic}/{partition}",
-            )  # fmt: skip
+            def question(admin: AdminClient) -> int:
+                asked = {where: spec}
+                found = admin.list_offsets(
+                    asked, isolation_level=IsolationLevel.READ_UNCOMMITTED, request_timeout=ASK_S
+                )[where].result()
+                if found.offset < 0:  # what a partition that is changing its leader is answered with, and no error
+                    raise KafkaException(KafkaError(KafkaError.LEADER_NOT_AVAILABLE))
+                return int(found.offset)
+
+            return self.ask(question, f"no offsets of {where.topic}/{partition}")
 
         first = ask(OffsetSpec.earliest())  # type: ignore[no-untyped-call]
         end = ask(OffsetSpec.latest())  # type: ignore[no-untyped-call]
