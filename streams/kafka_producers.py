@@ -16,6 +16,7 @@ from confluent_kafka import KafkaError, KafkaException, Message, Producer, Topic
 
 from perdure.schemas import limits
 from perdure.schemas.errors import Fenced, InfrastructureError, Unreachable, ValueTooLarge
+from perdure.streams import failpoints
 from perdure.streams.kafka_connection import CALL_S, Connection, quiet, sorted_error
 from perdure.streams.log import OnAck, OutcomeUnknown, TransactionAborted, check_size
 from perdure.streams.log import TopicPartition as Where
@@ -205,7 +206,9 @@ class KafkaTransactional:
         self._call("send offsets", lambda: self._bounded.call(
             lambda: self._producer.send_offsets_to_transaction(positions, group, CALL_S), _OFFSETS_S
         ))  # fmt: skip
+        failpoints.passed("after-offsets")
         self._call("flush", lambda: self._producer.flush(15.0))
+        failpoints.entered("in-commit")
         self._end("commit", lambda: self._producer.commit_transaction(30.0))
 
     def abort(self) -> None:

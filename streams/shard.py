@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterable
 
 from perdure.schemas.errors import ConfigurationError, Fenced, LogTruncated, RestoreStuck, Unreachable
+from perdure.streams import failpoints
 from perdure.streams.crash_marks import CrashMarks
 from perdure.streams.log import Log, Member, OutcomeUnknown, Reader, Record, TransactionAborted, Transactional
 from perdure.streams.processor import Kind, Out, changelog_rows
@@ -114,6 +115,7 @@ class Shard:
             if records:
                 writes: dict[bytes, bytes | None] = {r.key: r.value for r in records if r.key is not None}
                 self._write(writes | {CHANGELOG_POSITION: (records[-1].offset + 1).to_bytes(8, "big")})
+                failpoints.passed("in-restore")
                 self._watch.advanced(records[-1].offset + 1)
             elif self._watch.is_stuck():
                 self._refuse_to_wait(reader, self.kind.changelog)
@@ -200,6 +202,7 @@ class Shard:
         out, writes = self._execute_all(records)
         # 2
         producer = self._producer
+        failpoints.passed("before-begin")
         producer.begin()
         try:
             for topic, group in by_topic(out).items():
@@ -207,12 +210,14 @@ class Shard:
             if self.kind.changelog is not None and (rows := list(changelog_rows(writes).items())):
                 producer.append_all(self.kind.changelog, self.partition, rows[:-1])
                 producer.append(self.kind.changelog, self.partition, *rows[-1], self._noted)
+            failpoints.passed("after-produce")
             # 3
             positions = self.processor.positions()
             producer.commit(self._member, {(t, self.partition): positions[t] for t in {r.topic for r in records}})
         except TransactionAborted:
             producer.abort()
             raise
+        failpoints.passed("after-commit-before-write")
         # 4
         if self._changelog_next is not None:
             writes[CHANGELOG_POSITION] = self._changelog_next.to_bytes(8, "big")

@@ -29,6 +29,7 @@ SHELL = frozenset(
         "crash_marks",
         "duties",
         "engine",
+        "failpoints",
         "generations",
         "host",
         "host_slots",
