@@ -248,9 +248,12 @@ class KafkaMember(_Consuming):
         self._on_assigned([(self._log.plain(p.topic), p.partition) for p in partitions])
 
     def _revoked(self, consumer: Consumer, partitions: list[TopicPartition]) -> None:
-        self._on_revoked([(self._log.plain(p.topic), p.partition) for p in partitions], False)
-        consumer.unassign()
+        self._taken_away(consumer, partitions, lost=False)
 
     def _lost(self, consumer: Consumer, partitions: list[TopicPartition]) -> None:
-        self._on_revoked([(self._log.plain(p.topic), p.partition) for p in partitions], True)
+        self._taken_away(consumer, partitions, lost=True)
+
+    def _taken_away(self, consumer: Consumer, partitions: list[TopicPartition], lost: bool) -> None:
+        self._on_revoked([(self._log.plain(p.topic), p.partition) for p in partitions], lost)
+        self._asked.clear()  # by those who had the partitions, always all of them: a seek would now be an error
         consumer.unassign()
