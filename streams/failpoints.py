@@ -18,7 +18,15 @@ from collections.abc import Callable
 from perdure.schemas.errors import ConfigurationError
 
 VARIABLE = "PERDURE_FAILPOINTS"
-POINTS = ("before-begin", "after-produce", "after-offsets", "in-commit", "after-commit-before-write", "in-restore")
+POINTS = (
+    "before-begin",
+    "after-produce",
+    "after-offsets",
+    "in-commit",
+    "after-commit-before-write",
+    "in-restore",
+    "in-checkpoint",
+)
 _ACTION = re.compile(r"([a-z-]+)=kill(?::(0?\.\d+|[01]))?")
 _COMMIT_S = 0.005
 """A commit on a broker nearby takes about as long."""

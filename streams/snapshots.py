@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from perdure.schemas.errors import InfrastructureError, NotFound
+from perdure.streams import failpoints
 
 FORMAT = 1
 KEPT = 2
@@ -122,6 +123,7 @@ class Snapshots:
         for file, path in files:
             if f"{folder}/files/{file.sha256}" not in there:
                 self._blobs.put(f"{folder}/files/{file.sha256}", path.read_bytes())
+        failpoints.passed("in-checkpoint")
         self._blobs.put(manifest.name, json.dumps(asdict(manifest), separators=(",", ":")).encode())
         return manifest
 
