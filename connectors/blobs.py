@@ -1,16 +1,22 @@
 """Blobs: bytes under names, in a directory or an object store; for snapshots, and for values too large for a record.
 
 A name is a path of parts that hold letters, digits and `._=-` and do not begin with a dot: nothing leads elsewhere.
+Two names that differ in case alone are one where a directory's file system takes them so; we use none such.
 """
 
 from __future__ import annotations
 
+import errno
+import os
 import re
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
 from perdure.connectors import durable_files
-from perdure.schemas.errors import ConfigurationError, InfrastructureError, NotFound
+from perdure.schemas.errors import ConfigurationError, InfrastructureError, NotFound, Unreachable
 
 _PART = r"[A-Za-z0-9_=-][A-Za-z0-9._=-]*"
 _NAME = re.compile(rf"{_PART}(/{_PART})*")
@@ -27,13 +33,20 @@ class Blob(NamedTuple):
 
 
 class Blobs(Protocol):
-    """A store of blobs. All methods block, may be called from any thread, and raise `InfrastructureError`."""
+    """A store of blobs. All methods block and may be called from any thread.
+
+    They raise `Unreachable` where trying again may help, `ConfigurationError` where a person has to change something
+    (no access, no such bucket), and another `InfrastructureError` for an illegal name.
+    """
 
     def put(self, name: str, data: bytes) -> None:
         """Keep `data`, replacing what is there; whole or not at all, and durable from here on."""
 
     def get(self, name: str) -> bytes:
         """The bytes under a name. Raises `NotFound`."""
+
+    def head(self, name: str, size: int) -> bytes:
+        """The first `size` bytes (> 0) under a name, fewer where there are fewer. Raises `NotFound`."""
 
     def list(self, prefix: str) -> list[Blob]:
         """All blobs below a folder, sorted by name."""
@@ -43,13 +56,26 @@ class Blobs(Protocol):
 
 
 def open_blobs(url: str) -> Blobs:
-    """The store at a URL: `file:///path` or a path. Raises `ConfigurationError` for any other."""
+    """The store at a URL: a path, `file:///path`, `s3://bucket/prefix` or `gs://bucket/prefix`.
+
+    Object stores need the extra `s3` or `gcs`, and take keys, region and endpoint from the environment, as obstore
+    does (`AWS_ACCESS_KEY_ID`, `AWS_ENDPOINT_URL`, `GOOGLE_APPLICATION_CREDENTIALS`, ...). Raises `ConfigurationError`.
+    """
     scheme, colon, rest = url.partition("://")
     if not colon:
         return DirectoryBlobs(Path(url))
     if scheme == "file" and rest.startswith("/"):
         return DirectoryBlobs(Path(rest))
-    raise ConfigurationError(f"{url!r} is no place for blobs: give a directory or file:///path")
+    if scheme in ("s3", "gs"):
+        try:
+            from perdure.connectors.object_blobs import open_bucket
+        except ImportError as error:
+            extra = {"s3": "s3", "gs": "gcs"}[scheme]
+            raise ConfigurationError(f"{url!r} needs an extra: pip install 'perdure[{extra}]'") from error
+        return open_bucket(url)
+    raise ConfigurationError(
+        f"{url!r} is no place for blobs: give a directory, file:///path, s3://bucket/prefix or gs://bucket/prefix"
+    )
 
 
 def checked(name: str) -> str:
@@ -60,7 +86,7 @@ def checked(name: str) -> str:
 
 
 class DirectoryBlobs:
-    """A directory (0700) with a file (0600) for each blob."""
+    """A directory (0700) with a file (0600) for each blob. Only regular files that are reached by no link count."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
@@ -68,42 +94,50 @@ class DirectoryBlobs:
     def put(self, name: str, data: bytes) -> None:
         """See `Blobs`."""
         path = self.directory / checked(name)
-        try:
+        with _told(f"the blob {path} cannot be written"):
             self._make(path.parent)
             durable_files.write(path, data)
-        except OSError as error:
-            raise InfrastructureError(f"the blob {path} cannot be written: {error}") from error
 
     def get(self, name: str) -> bytes:
         """See `Blobs`."""
-        path = self.directory / checked(name)
-        try:
-            return path.read_bytes()
-        except FileNotFoundError as error:
-            raise NotFound(f"the blob {path} is missing; is the store shared by all hosts?") from error
-        except OSError as error:
-            raise InfrastructureError(f"the blob {path} cannot be read: {error}") from error
+        return self._read(name, -1)
+
+    def head(self, name: str, size: int) -> bytes:
+        """See `Blobs`."""
+        return self._read(name, size)
 
     def list(self, prefix: str) -> list[Blob]:
         """See `Blobs`."""
-        found = []
-        for path in sorted((self.directory / checked(prefix)).rglob("*")):
-            name = path.relative_to(self.directory).as_posix()
-            try:
-                about = path.lstat()
-            except FileNotFoundError:
-                continue  # deleted meanwhile
-            if path.is_file() and not path.is_symlink() and _NAME.fullmatch(name):
-                found.append(Blob(name, about.st_size, about.st_mtime_ns // 1_000_000))
-        return found
+        top = self.directory / checked(prefix)
+        with _told(f"the blobs below {top} cannot be listed"):
+            return sorted(self._below(top))
 
     def delete(self, name: str) -> None:
         """See `Blobs`."""
         path = self.directory / checked(name)
-        try:
+        with _told(f"the blob {path} cannot be deleted"):
             path.unlink(missing_ok=True)
-        except OSError as error:
-            raise InfrastructureError(f"the blob {path} cannot be deleted: {error}") from error
+
+    def _read(self, name: str, size: int) -> bytes:
+        path = self.directory / checked(name)
+        with _told(f"the blob {path} cannot be read"), open(path, "rb", opener=_no_link) as file:
+            return file.read(size)
+
+    def _below(self, folder: Path) -> Iterator[Blob]:
+        """What a crash has left unfinished has a dot before its name; what is deleted meanwhile is left out."""
+        try:
+            entries = list(os.scandir(folder))
+        except FileNotFoundError:
+            return
+        for entry in entries:
+            path = folder / entry.name
+            if entry.is_dir(follow_symlinks=False):
+                yield from self._below(path)
+            elif entry.is_file(follow_symlinks=False) and not entry.name.startswith("."):
+                with suppress(FileNotFoundError):
+                    about = entry.stat(follow_symlinks=False)
+                    name = path.relative_to(self.directory).as_posix()
+                    yield Blob(name, about.st_size, about.st_mtime_ns // 1_000_000)
 
     def _make(self, folder: Path) -> None:
         if folder.is_dir():
@@ -114,3 +148,54 @@ class DirectoryBlobs:
             durable_files.sync_directory(folder.parent)
         else:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+
+
+def _no_link(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC)
+
+
+@contextmanager
+def _told(what: str) -> Iterator[None]:
+    """An `OSError` as the error that says what it means."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise NotFound(f"{what}: it is missing; is the store shared by all hosts?") from error
+    except OSError as error:
+        kind = ConfigurationError if isinstance(error, PermissionError) or error.errno in _WRONG else Unreachable
+        raise kind(f"{what}: {error.strerror or error}") from error
+
+
+_WRONG = (errno.EEXIST, errno.ELOOP, errno.ENOTDIR, errno.EISDIR, errno.EROFS, errno.ENAMETOOLONG)
+"""Not what a store makes: somebody has put another thing in its place."""
+
+
+class MemoryBlobs:
+    """Keeps blobs in this process, for tests of tasks."""
+
+    def __init__(self) -> None:
+        self._kept: dict[str, tuple[bytes, int]] = {}
+
+    def put(self, name: str, data: bytes) -> None:
+        """See `Blobs`."""
+        self._kept[checked(name)] = data, time.time_ns() // 1_000_000
+
+    def get(self, name: str) -> bytes:
+        """See `Blobs`."""
+        if checked(name) not in self._kept:
+            raise NotFound(f"the blob {name} is missing")
+        return self._kept[name][0]
+
+    def head(self, name: str, size: int) -> bytes:
+        """See `Blobs`."""
+        return self.get(name)[:size]
+
+    def list(self, prefix: str) -> list[Blob]:
+        """See `Blobs`."""
+        folder = checked(prefix) + "/"
+        kept = sorted(self._kept.items())
+        return [Blob(name, len(data), at) for name, (data, at) in kept if name.startswith(folder)]
+
+    def delete(self, name: str) -> None:
+        """See `Blobs`."""
+        self._kept.pop(checked(name), None)

@@ -114,6 +114,12 @@ class RestoreStuck(InfrastructureError):
     code = "restore_stuck"
 
 
+class ValueLost(InfrastructureError):
+    """A value too large for a record is missing from its store, or damaged there; trying again finds the same."""
+
+    code = "value_lost"
+
+
 class Fenced(InfrastructureError):
     """Another process has taken over; this one must stop writing."""
 

@@ -8,7 +8,14 @@ RECORD_MAX = 512 * 1024
 COMMAND_MAX = 448 * 1024
 """A command: leaves room for the envelope when it is forwarded."""
 VALUE_MAX = 192 * 1024
-"""An input, step result, result or checkpoint record, until the claim-check store exists."""
+"""An input, step result or result inside a record; a larger one lies in the store of large values."""
+LARGE_VALUE_MAX = 64 * 1024 * 1024
+"""An input, step result or result in the store of large values."""
+REFERENCE_MAX = 2048
+PREVIEW_MAX = 200
+"""Characters of a large value that its reference repeats."""
+UNCLAIMED_DAYS = 1
+"""How long a large value may lie in the store before the record that refers to it is written."""
 INBOX_MAX = 256 * 1024
 """A grant or a page of steps."""
 OUTPUT_MAX = 1_000_000
