@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import time
 from collections.abc import Callable
 from functools import cached_property
@@ -26,6 +27,9 @@ _HEAD_MAX = 8 * 1024
 """Bytes that hold the first line of every blob: a task id, escaped."""
 
 
+_NAME = re.compile(r"values/[^/]+/[0-9a-f]{2}/(?P<owner>[0-9a-f]{64})\.(?P<day>\d+)\.[0-9a-f]{64}")
+
+
 class Place(NamedTuple):
     """Where large values lie, in words that fit into a child's settings."""
 
@@ -33,23 +37,30 @@ class Place(NamedTuple):
     home: str
     """A folder name that no other namespace and no other life of this one has."""
 
+    def open(self) -> tuple[Blobs, str]:
+        """The store and the folder. Raises `ConfigurationError`."""
+        return open_blobs(self.url), self.home
+
 
 class LargeValues:
     """The store of a namespace's large values, or the lack of one. All methods block; for any thread.
 
-    `blobs` is opened at its first use. Errors of the store: `Unreachable` where trying again may help.
+    `open`: gives the blobs and the folder for them, at the first use; None: every value has to fit into its record.
+    Errors of the store: `Unreachable` where trying again may help.
     """
 
-    def __init__(self, blobs: Callable[[], Blobs] | None = None, home: str = "", day: Callable[[], int] | None = None):
-        self._open, self._home, self._day = blobs, home, day or _today
+    def __init__(
+        self, open: Callable[[], tuple[Blobs, str]] | None = None, *, day: Callable[[], int] | None = None
+    ) -> None:
+        self._open, self._day = open, day or today
 
     @classmethod
     def at(cls, place: Place | None) -> LargeValues:
-        """The store at a place; None: there is no store, so every value has to fit into its record."""
-        return cls() if place is None else cls(lambda: open_blobs(place.url), place.home)
+        """The store at a place; None: there is none."""
+        return cls() if place is None else cls(place.open)
 
     @cached_property
-    def _blobs(self) -> Blobs:
+    def _opened(self) -> tuple[Blobs, str]:
         if self._open is None:
             raise ConfigurationError(
                 f"a value lies in the store of large values, which this process does not know: set {SETTING} as for "
@@ -74,7 +85,8 @@ class LargeValues:
             return text
         preview = text[: 4 * limits.PREVIEW_MAX].decode(errors="ignore")[: limits.PREVIEW_MAX]
         reference = Reference(self._day(), hashlib.sha256(text).hexdigest(), len(text), preview)
-        self._blobs.put(self._name(task_id, reference), json.dumps(task_id).encode() + b"\n" + text)
+        blobs, home = self._opened
+        blobs.put(_name(home, task_id, reference), json.dumps(task_id).encode() + b"\n" + text)
         return reference.encode()
 
     def fetched(self, task_id: str, carried: bytes) -> bytes:
@@ -82,9 +94,10 @@ class LargeValues:
         if not references.is_reference(carried):
             return carried
         reference = references.parse(carried)
-        name = self._name(task_id, reference)
+        blobs, home = self._opened
+        name = _name(home, task_id, reference)
         try:
-            text = self._blobs.get(name).partition(b"\n")[2]
+            text = blobs.get(name).partition(b"\n")[2]
         except NotFound as error:
             raise ValueLost(f"a value of {reference.size:,} bytes of task {task_id} is lost: {error}") from error
         if len(text) != reference.size or hashlib.sha256(text).hexdigest() != reference.sha256:
@@ -104,31 +117,43 @@ class LargeValues:
         """
         oldest_kept = self._day() - limits.UNCLAIMED_DAYS
         old: dict[str, list[str]] = {}
-        for blob in self._blobs.list(f"values/{self._home}/{part:02x}"):
-            owner, day, _ = blob.name.rpartition("/")[2].split(".")
-            if int(day) < oldest_kept:
-                old.setdefault(owner, []).append(blob.name)
-        deleted = 0
-        for names in old.values():
-            if known(self._owner(names[0])):
-                continue
-            for name in names:
-                self._blobs.delete(name)
-                deleted += 1
+        blobs, home = self._opened
+        for blob in blobs.list(f"values/{home}/{part:02x}"):
+            found = _NAME.fullmatch(blob.name)
+            if found and int(found["day"]) < oldest_kept:
+                old.setdefault(found["owner"], []).append(blob.name)
+        deleted, nobodys = 0, []
+        for owner, names in old.items():
+            task_id = _owner(blobs, names[0], owner)
+            if task_id is None:
+                nobodys.append(names[0])
+            elif not known(task_id):
+                for name in names:
+                    blobs.delete(name)
+                deleted += len(names)
+        if nobodys:
+            raise InfrastructureError(f"blobs that do not say whose they are; look at them and delete them: {nobodys}")
         return deleted
 
-    def _name(self, task_id: str, reference: Reference) -> str:
-        owner = hashlib.sha256(task_id.encode("utf-8", "surrogatepass")).hexdigest()
-        return f"values/{self._home}/{owner[:2]}/{owner}.{reference.day}.{reference.sha256}"
 
-    def _owner(self, name: str) -> str:
-        """The task that a blob belongs to, which is its first line."""
-        try:
-            task_id = json.loads(self._blobs.head(name, _HEAD_MAX).partition(b"\n")[0])
-        except ValueError as error:
-            raise InfrastructureError(f"the blob {name} does not say whose it is: delete it, or restore it") from error
-        return str(task_id)
+def _name(home: str, task_id: str, reference: Reference) -> str:
+    owner = _digest(task_id)
+    return f"values/{home}/{owner[:2]}/{owner}.{reference.day}.{reference.sha256}"
 
 
-def _today() -> int:
+def _owner(blobs: Blobs, name: str, owner: str) -> str | None:
+    """The task that a blob belongs to, which is its first line; None if that is not what its name says."""
+    try:
+        task_id = json.loads(blobs.head(name, _HEAD_MAX).partition(b"\n")[0])
+    except (ValueError, NotFound):
+        return None
+    return task_id if isinstance(task_id, str) and _digest(task_id) == owner else None
+
+
+def _digest(task_id: str) -> str:
+    return hashlib.sha256(task_id.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def today() -> int:
+    """Days since 1970, UTC."""
     return time.time_ns() // 1_000_000 // _DAY_MS

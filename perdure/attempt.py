@@ -16,23 +16,18 @@ from contextlib import AsyncExitStack, ExitStack
 from typing import Any
 
 from perdure import channel, context, exchange, failures, tracks
+from perdure.carriage import Carriage
 from perdure.checkpoint import NOTHING, Content, interval_ms
 from perdure.clock import Clock
 from perdure.connectors import checkpoints
 from perdure.connectors.checkpoints import CheckpointStore
+from perdure.connectors.large_values import LargeValues
 from perdure.context import AsyncContext, Context, State, running_step
 from perdure.exchange import Call, Channel, Exchange, Flow
 from perdure.failures import AttemptStop, StepOutcomeUnknown
 from perdure.schemas import codec, limits, values
 from perdure.schemas.common import CheckpointRef, StepRecord
-from perdure.schemas.errors import (
-    ConfigurationError,
-    InfrastructureError,
-    InvalidRequest,
-    PerdureError,
-    StepError,
-    StepMismatch,
-)
+from perdure.schemas.errors import ConfigurationError, InvalidRequest, PerdureError, StepError, StepMismatch
 from perdure.schemas.inbox import RunAttempt, StepPage
 from perdure.steps import OpenStep, RecordedSteps, differences, hash_arguments, name_of, unwrapped
 from perdure.tasks import TaskType
@@ -52,8 +47,9 @@ class Attempt:
     """One attempt. The supervisor's side calls `receive`, `run` or `run_async`; the rest is for `ctx` and tracks."""
 
     def __init__(
-        self, grant: RunAttempt, task_type: TaskType, way: Channel, store: CheckpointStore, clock: Clock
-    ) -> None:
+        self, grant: RunAttempt, task_type: TaskType, way: Channel, store: CheckpointStore, clock: Clock,
+        large: LargeValues | None = None,
+    ) -> None:  # fmt: skip
         self.grant = grant
         self.log = logging.getLogger(f"perdure.task.{grant.type}")
         self.state = State()
@@ -63,6 +59,7 @@ class Attempt:
         self.deadline = grant.deadline
         self._type, self._store, self._clock = task_type, store, clock
         self.exchange = Exchange(way, grant.task_id, grant.epoch)
+        self._carriage = Carriage(large or LargeValues(), grant.task_id, self.log, self._poll_and_check, self._final)
         self.sections = Sections(is_async=task_type.is_async)
         self.over = False
         """Whether user code has ended, its deferred calls included."""
@@ -122,11 +119,12 @@ class Attempt:
                     self.exchange.drive(self._begin())
                     args, kwargs = self._arguments()
                     result = self._type.function(Context(self), *args, **kwargs)
+                carried = self.exchange.drive(self._result(result))
             finally:
                 self.over = True
         except BaseException as error:  # noqa: BLE001  whatever ends user code ends only the attempt
             return self._ended(error)
-        return self._returned(result)
+        return self._completed(carried)
 
     async def run_async(self) -> bool:
         """Like `run`, in an asyncio task of its own."""
@@ -138,11 +136,12 @@ class Attempt:
                     await self.exchange.drive_async(self._begin())
                     args, kwargs = self._arguments()
                     result = await self._type.function(AsyncContext(self), *args, **kwargs)
+                carried = await self.exchange.drive_async(self._result(result))
             finally:
                 self.over = True
         except BaseException as error:  # noqa: BLE001  whatever ends user code ends only the attempt
             return self._ended(error)
-        return self._returned(result)
+        return self._completed(carried)
 
     def _begin(self) -> Flow[None]:
         """Announce the attempt and restore what the newest checkpoint holds."""
@@ -161,24 +160,22 @@ class Attempt:
         # The first page comes unasked. It is read before user code may keep us from reading for hours.
         if not self._recorded.complete:
             yield functools.partial(self._recorded.went_on, "")
+        given = self.grant.input
+        self.input = yield from self._carriage.value((self.grant.input_ref or "").encode() if given is None else given)
 
     def _arguments(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        if self.grant.input is None:
-            raise InfrastructureError(f"the input lies at {self.grant.input_ref}, which this worker cannot read")
-        self.input = values.loads(self.grant.input)
         try:
             return self._type.bind(self.input)
         except InvalidRequest as error:
             raise self._final(error) from None
 
-    def _returned(self, result: Any) -> bool:
-        try:
-            if self._fatal is not None:
-                raise self._fatal
-            data = values.dumps(result, field="result")
-        except PerdureError as error:
-            return self._ended(self._final(error))
-        self.exchange.close(channel.Completed, result=data, **self._usage())
+    def _result(self, result: Any) -> Flow[bytes]:
+        if self._fatal is not None:
+            raise self._fatal
+        return (yield from self._carriage.carried(self._carriage.text(result, "result")))
+
+    def _completed(self, result: bytes) -> bool:
+        self.exchange.close(channel.Completed, result=result, **self._usage())
         return True
 
     def _ended(self, error: BaseException) -> bool:
@@ -202,6 +199,10 @@ class Attempt:
         """Mark the attempt as failed for good, even if user code catches the error."""
         self._fatal = self._fatal or error
         return error
+
+    def _poll_and_check(self) -> None:
+        self.exchange.poll()
+        self._check()
 
     def _check(self) -> None:
         """Raise what has already ended this attempt."""
@@ -242,7 +243,7 @@ class Attempt:
                 raise AttemptStop(self._stop)  # between two steps of no track: all there is to save is recorded
             record = yield from self._find(step)
             if record is not None:
-                return values.loads(record.result)
+                return (yield from self._carriage.value(record.result))
             if step.step_id in self._begun:
                 raise self._final(StepOutcomeUnknown(
                     f"the step {step.step_id} began in an earlier attempt and its outcome is unknown; find out whether "
@@ -266,14 +267,13 @@ class Attempt:
             raise
         finally:
             running_step.set(outer)
-        try:
-            if inspect.iscoroutine(result):
-                result.close()
-                raise StepError(f"the step {step.step_id} calls an async function; write the task as async def")
-            data = values.dumps(result, field=f"result of step {step.name!r}")
-        except PerdureError as error:
-            raise self._final(error) from None
-        yield self.exchange.acked(self._report(step, began, result=data))
+        if inspect.iscoroutine(result):
+            result.close()
+            raise self._final(
+                StepError(f"the step {step.step_id} calls an async function; write the task as async def"))  # fmt: skip
+        data = self._carriage.text(result, f"result of step {step.name!r}")
+        carried = yield from self._carriage.carried(data)
+        yield self.exchange.acked(self._report(step, began, result=carried))
         # What JSON makes of it, so that this attempt and one that finds the record see the same.
         return result if type(result) in _JSON_ITSELF else values.loads(data)
 

@@ -46,6 +46,7 @@ from perdure.channel import (
 )
 from perdure.clock import MachineClock
 from perdure.connectors.checkpoints import LocalCheckpoints
+from perdure.connectors.large_values import LargeValues, Place
 from perdure.exchange import Channel
 from perdure.loading import load
 from perdure.schemas import codec, limits
@@ -71,6 +72,8 @@ class Settings(msgspec.Struct, frozen=True):
     kind: str
     modules: list[str]
     checkpoints: str
+    large: Place | None
+    """Where values too large for a record lie."""
     max_tasks: int
     parent: int
     """Process id of the fork server."""
@@ -186,6 +189,7 @@ class ProcessChild:
     def __init__(self, wire: Wire, settings: Settings) -> None:
         self._wire, self._settings = wire, settings
         self._store, self._clock = LocalCheckpoints(Path(settings.checkpoints)), MachineClock()
+        self._large = LargeValues.at(settings.large)
         self._descriptors = Descriptors()
         self._attempt: Attempt | None = None
         self._lines: Lines | None = None
@@ -214,7 +218,7 @@ class ProcessChild:
                     return self._run(frame, outputs, frames[place + 1 :])
 
     def _run(self, run: Run, outputs: list[int], early: list[ToChild]) -> bool:
-        self._attempt = attempt = new_attempt(run, self, self._store, self._clock)
+        self._attempt = attempt = new_attempt(run, self, self._store, self._clock, self._large)
         self._lines = Lines(partial(_line, self.send, run))
         self._descriptors.lend(*outputs)
         for frame in early:
@@ -299,6 +303,7 @@ class AsyncChild:
     def __init__(self, wire: Wire, settings: Settings) -> None:
         self._wire = wire
         self._store, self._clock = LocalCheckpoints(Path(settings.checkpoints)), MachineClock(shared=True)
+        self._large = LargeValues.at(settings.large)
         self._attempts: dict[tuple[str, int], tuple[Attempt, asyncio.Task[None]]] = {}
         self._exit = asyncio.Event()
 
@@ -330,7 +335,7 @@ class AsyncChild:
 
     def _start(self, run: Run) -> None:
         lines = Lines(partial(_line, self._wire.send, run))
-        attempt = new_attempt(run, AsyncChannel(self._wire, lines), self._store, self._clock)
+        attempt = new_attempt(run, AsyncChannel(self._wire, lines), self._store, self._clock, self._large)
         running = asyncio.get_running_loop().create_task(self._run(attempt, lines), name=run.task_id)
         self._attempts[run.task_id, run.epoch] = attempt, running
 
@@ -347,13 +352,13 @@ _lines: ContextVar[Lines | None] = ContextVar("perdure_lines", default=None)
 """Lines of the attempt that this context belongs to, in an async child."""
 
 
-def new_attempt(run: Run, way: Channel, store: LocalCheckpoints, clock: MachineClock) -> Attempt:
+def new_attempt(run: Run, way: Channel, store: LocalCheckpoints, clock: MachineClock, large: LargeValues) -> Attempt:
     """The attempt that a frame asks for. Raises `InfrastructureError` for a type that is not loaded."""
     grant = codec.decode_as(RunAttempt, run.grant)
     task_type = default_registry.get(grant.type)
     if task_type is None:
         raise InfrastructureError(f"task {grant.task_id} is of type {grant.type!r}, which this worker has not loaded")
-    return Attempt(grant, task_type, way, store, clock)
+    return Attempt(grant, task_type, way, store, clock, large)
 
 
 def _line(send: Callable[[Frame], None], run: Run, stream: str, level: str, text: str) -> None:

@@ -107,6 +107,7 @@ def worker(
         start=start,
         max_tasks_per_child=max_tasks_per_child,
         drain_timeout_s=to_ms(drain_timeout, field="drain_timeout", positive=False) / 1000,
+        large=settings.large_place(log.topic_id),
     ).run()
 
 

@@ -55,12 +55,13 @@ def wait(session: Session, task_id: str, timeout: str | None) -> int:
     \b
     perdure wait 0192f3aa --timeout 10m && echo done
     """
-    from perdure.cli_text import outcome_text
+    from perdure.cli_text import clean, large_text, outcome_text
 
     with session.client() as client:
         found = session.handle(client, task_id).wait(timeout)
     done = found.state == "COMPLETED"
-    session.answer(found.raw, outcome_text(found) + (f": {dumps(found.raw.get('result'))}" if done else ""))
+    result = large_text(found.result_ref) if found.result_ref else dumps(found.raw.get("result"))
+    session.answer(found.raw, outcome_text(found) + (f": {clean(result)}" if done else ""))
     return 0 if done else REFUSED
 
 

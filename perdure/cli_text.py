@@ -9,6 +9,7 @@ from dataclasses import asdict
 from typing import Any
 
 from perdure.handle import Event
+from perdure.schemas import references
 from perdure.schemas.durations import to_text
 from perdure.status import Status
 
@@ -38,7 +39,9 @@ def status_text(s: Status) -> str:
         "submitted": time_text(s.submitted_at),
         "started": time_text(s.started_at),
         "finished": time_text(s.finished_at),
-        "result": shown(s.raw.get("result")) if s.state == "COMPLETED" else None,
+        "result": shown(large_text(s.result_ref) if s.result_ref else s.raw.get("result"))
+        if s.state == "COMPLETED"
+        else None,
         "error": f"{s.error['type']}: {s.error['message']}" if s.error else None,
     }
     return aligned({name: str(value) for name, value in lines.items() if value not in (None, "")})
@@ -53,6 +56,11 @@ def outcome_text(s: Status) -> str:
     """How a task ended."""
     outcome = s.outcome()
     return clean(str(outcome)) if outcome else s.state
+
+
+def large_text(ref: Mapping[str, Any]) -> str:
+    """How long a value is that is too large for a record, and how it begins."""
+    return f"{ref['size']:,} bytes: {ref['preview']}..."
 
 
 def letter_text(letter: Mapping[str, Any]) -> str:
@@ -79,8 +87,11 @@ def eta_text(seconds: float) -> str:
 
 
 def event_json(event: Event) -> dict[str, Any]:
-    """An event as plain JSON: recorded values as they are."""
-    return {"kind": event.kind} | {name: _plain(value) for name, value in asdict(event.record).items()}
+    """An event as plain JSON: recorded values as they are, large ones as null with `<name>_ref` beside them."""
+    fields = asdict(event.record)
+    large = {name: references.shown(value) for name, value in fields.items() if isinstance(value, bytes)}
+    refs = {f"{name}_ref": ref for name, ref in large.items() if ref is not None}
+    return {"kind": event.kind} | {n: None if large.get(n) else _plain(v) for n, v in fields.items()} | refs
 
 
 def event_text(event: Event) -> str:
@@ -88,7 +99,9 @@ def event_text(event: Event) -> str:
     fields = {
         n: v for n, v in event_json(event).items() if n not in _HEAD and n != "kind" and v not in (None, "", [], {})
     }
-    return f"{time_text(event.at)}  {event.kind:<18} " + "  ".join(f"{n}={shown(v)}" for n, v in fields.items())
+    return f"{time_text(event.at)}  {event.kind:<18} " + "  ".join(
+        f"{n}={shown(large_text(v) if n.endswith('_ref') else v)}" for n, v in fields.items()
+    )
 
 
 def table(page: Mapping[str, Any], columns: Sequence[str]) -> str:

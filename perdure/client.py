@@ -15,6 +15,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, Unpack
 
 from perdure.catalog import Catalog
+from perdure.connectors.large_values import LargeValues
 from perdure.handle import Handle
 from perdure.replies import Replies, raise_refusal
 from perdure.schemas import codec, ids, json_commands, limits, topics
@@ -40,13 +41,19 @@ class Client:
 
     log: the namespace's topics; none: those that `settings` name, or, without settings, those of `Settings.load()`.
     clock: the present time in ms, from which a `delay` counts; the machine's when none is given.
+    large_values: their store, for a log that is given; none: every value has to fit into its record.
     """
 
     def __init__(
-        self, log: Log | None = None, *, settings: Settings | None = None, clock: Callable[[], int] | None = None
+        self,
+        log: Log | None = None,
+        *,
+        settings: Settings | None = None,
+        clock: Callable[[], int] | None = None,
+        large_values: LargeValues | None = None,
     ) -> None:
         self.id = ids.new_id("c-")
-        self._given = log
+        self._given = None if log is None else (log, large_values or LargeValues())
         self._settings = settings
         self._clock = clock or (lambda: int(time.time() * 1000))
         self._issued_by = _whoami()
@@ -76,13 +83,23 @@ class Client:
         """The namespace's types and queues. Raises `Unreachable`."""
         return self._connection().catalog
 
+    @property
+    def large_values(self) -> LargeValues:
+        """Where the namespace keeps values too large for a record. Raises `Unreachable`."""
+        return self._connection().large_values
+
     def submit(self, type: str, input: Any = None, **options: Unpack[SubmitOptions]) -> Handle:
         """Ask for a task to be run; returns once Kafka has it for good (`acks=all`). See `SubmitOptions`.
 
+        An input too large for a record goes to the store of large values first, if there is one (PERDURE_BLOBS).
         Raises `InvalidRequest` naming the field, `UnknownType` for a type that no worker has published when neither
         queue nor id says where to put the task, and `Unreachable`. A refusal by the engine shows in the handle.
         """
-        command = self._placed(to_command(self.head(), type, input, options, now=self._clock()))
+        command = to_command(self.head(), type, options, now=self._clock())
+        text = self.large_values.text(input, "input")
+        command = self._placed(command)
+        command = replace(command, input=self.large_values.carried(command.task_id, text))
+        json_commands.check(command)
         expected = self._connection().replies.expect(command.command_id)
         self._send(command)
         return Handle(self, command.task_id, verdict=expected)
@@ -219,10 +236,10 @@ class Client:
     def _connection(self) -> _Connection:
         with self._lock:
             if self._connected is None:
-                self._connected = _Connection(self._given or self._open(), self.id)
+                self._connected = _Connection(*(self._given or self._open()), self.id)
             return self._connected
 
-    def _open(self) -> Log:
+    def _open(self) -> tuple[Log, LargeValues]:
         """The log in Kafka; imported only here, so that a command line that fails early starts fast."""
         from perdure.settings import Settings
 
@@ -230,14 +247,15 @@ class Client:
         bootstrap = settings.require_bootstrap()
         from perdure.streams.kafka_log import KafkaLog
 
-        return KafkaLog(bootstrap, settings.namespace, options=_CONSUMER | settings.kafka)
+        log = KafkaLog(bootstrap, settings.namespace, options=_CONSUMER | settings.kafka)
+        return log, settings.large_values(log.topic_id)
 
 
 class _Connection:
     """What a client holds of a log."""
 
-    def __init__(self, log: Log, client_id: str) -> None:
-        self.log = log
+    def __init__(self, log: Log, large_values: LargeValues, client_id: str) -> None:
+        self.log, self.large_values = log, large_values
         self._lookup = SchemaLookup(log)
         self._unlearn = codec.learn_from(self._lookup)
         self.catalog = Catalog(log)

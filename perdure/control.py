@@ -6,6 +6,8 @@ from typing import Any
 
 import msgspec
 
+from perdure.connectors.large_values import Place
+
 PACKET_MAX = 128 * 1024
 """Bytes of a control packet; a socket's buffer holds more."""
 
@@ -73,5 +75,6 @@ class Plan(msgspec.Struct, frozen=True):
 
     modules: list[str]
     checkpoints: str
+    large: Place | None
     start_method: str
     max_tasks: int

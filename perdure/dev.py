@@ -32,7 +32,7 @@ from perdure.connectors.embedded_kafka import EmbeddedKafka
 from perdure.schemas import codec, topics
 from perdure.schemas.errors import ConfigurationError, DecodeError, InfrastructureError, Unreachable
 from perdure.schemas.public import WorkerMetrics
-from perdure.settings import DevStack, Settings, dev_file, shared_keys
+from perdure.settings import DevStack, Settings, dev_blobs, dev_file, shared_keys
 from perdure.streams.kafka_log import KafkaLog
 from perdure.streams.log import Reader
 from perdure.streams.topology import create_topics
@@ -176,6 +176,7 @@ class Stack:
             data_dir=self.data_dir,
             state_dir=self.data_dir / "state",
             checkpoint_dir=self.data_dir / "checkpoints",
+            blobs=dev_blobs(self.data_dir),
         )
         return kept | settings.environment() | {OWNER: str(os.getpid())}
 

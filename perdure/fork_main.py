@@ -83,7 +83,9 @@ class Server:
 
     def _spawn(self, command: Spawn, channel: int) -> None:
         plan = self._plan
-        settings = Settings(command.name, command.kind, plan.modules, plan.checkpoints, plan.max_tasks, os.getpid())
+        settings = Settings(
+            command.name, command.kind, plan.modules, plan.checkpoints, plan.large, plan.max_tasks, os.getpid()
+        )
         try:
             pid = (
                 self._fork(settings, channel) if plan.start_method == "fork" else _spawn_interpreter(settings, channel)

@@ -44,6 +44,7 @@ import msgspec
 
 from perdure import process
 from perdure.channel import Connection, Run, pack
+from perdure.connectors.large_values import Place
 from perdure.control import (
     PACKET_MAX,
     AllLoaded,
@@ -139,14 +140,21 @@ class ForkServer:
     """The supervisor's handle on its fork server. `spawn` and `kill` may be called from any thread."""
 
     def __init__(
-        self, modules: Sequence[str], *, checkpoints: Path, start_method: str = "fork", max_tasks: int = 100
+        self,
+        modules: Sequence[str],
+        *,
+        checkpoints: Path,
+        start_method: str = "fork",
+        max_tasks: int = 100,
+        large: Place | None = None,
     ) -> None:
         """`modules`: dotted names or paths of files. `checkpoints`: directory of the local checkpoint store.
+        `large`: where values too large for a record lie, if anywhere.
         `start_method`: fork, or spawn for modules whose import starts threads.
         """
         if start_method not in ("fork", "spawn"):
             raise ConfigurationError(f"the start method is fork or spawn, not {start_method!r}")
-        self._plan = Plan(list(modules), str(checkpoints.absolute()), start_method, max_tasks)
+        self._plan = Plan(list(modules), str(checkpoints.absolute()), large, start_method, max_tasks)
         self._control: socket.socket
         self._process: subprocess.Popen[bytes]
         self._children: dict[str, Child] = {}

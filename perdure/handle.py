@@ -23,6 +23,7 @@ from perdure.schemas.durations import Duration
 from perdure.schemas.errors import CommandRefused, InfrastructureError, NotFound, Unreachable, WaitTimeout
 from perdure.schemas.inbox import CommandReply
 from perdure.schemas.public import LogLine
+from perdure.schemas.references import Reference
 from perdure.status import Status, parse_status
 from perdure.streams.log import Record
 
@@ -92,13 +93,17 @@ class Handle:
     def result(self, timeout: Duration | None = None) -> Any:
         """Wait for the end and return the task's result.
 
-        Raises `TaskFailed`, `TaskTimedOut` or `TaskCancelled` with the recorded error, and what `wait` raises.
+        Raises `TaskFailed`, `TaskTimedOut` or `TaskCancelled` with the recorded error, what `wait` raises, and for a
+        result that is too large for a record `ValueLost`, or `ConfigurationError` where PERDURE_BLOBS is not set.
         """
         status = self.wait(timeout)
         outcome = status.outcome()
         if outcome is not None:
             raise outcome
-        return status.result
+        if status.result_ref is None:
+            return status.result
+        carried = Reference(**status.result_ref).encode()
+        return values.loads(self._client.large_values.fetched(status.task_id, carried))
 
     def pause(self) -> bool:
         """Stop at the next boundary, keep everything, wait for `resume`."""
@@ -114,7 +119,12 @@ class Handle:
 
     def retry(self, input: Any = _KEEP_INPUT) -> bool:
         """Send a FAILED or TIMED_OUT task back to its queue: attempts from 0, steps and checkpoint kept."""
-        new = None if input is _KEEP_INPUT else values.dumps(input, field="input")
+        new = None
+        if input is not _KEEP_INPUT:
+            large = self._client.large_values
+            text = large.text(input, "input")
+            owner = self.id if len(text) <= limits.VALUE_MAX else self.status().task_id  # whole, whatever we were given
+            new = large.carried(owner, text)
         return self._client.decide(RetryTask(**self._client.head(), task_id=self.id, input=new))
 
     def discard(self, reason: str = "") -> bool:

@@ -27,6 +27,7 @@ from perdure.streams.log import Log
 from perdure.streams.processor import Kind
 from perdure.streams.runner import Runner
 from perdure.streams.schema_lookup import SchemaLookup
+from perdure.value_sweeper import Sweeper
 
 if TYPE_CHECKING:
     from perdure.settings import Settings
@@ -52,12 +53,15 @@ def main(
     lookup = SchemaLookup(log)
     unlearn = codec.learn_from(lookup)
     commands = Commands(log)
+    large = settings.large_values(log.topic_id)
     projections = [Projection(log, kind, state / "partition", instance) for kind in (PROGRESS, DEAD_LETTERS)]
+    sweeping = {"large values": Sweeper(large, commands).run} if settings.blobs is not None else {}
     name = urlsplit(settings.api or "").hostname
     try:
         return server.main(
             log, host=host, port=port, token=settings.api_token, db_path=state / f"views-{slot.number}.sqlite",
-            commands=commands, ready=ready, background={p.name: p.run for p in projections},
+            commands=commands, fetch=large.fetched, ready=ready,
+            background={p.name: p.run for p in projections} | sweeping,
             lags=lambda: {p.name: p.lag for p in projections}, names=[name] if name else [],
         )  # fmt: skip
     finally:

@@ -6,11 +6,12 @@ current directory. With no address set anywhere, the running dev stack of the da
 
 from __future__ import annotations
 
+import hashlib
 import ipaddress
 import json
 import os
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ import psutil
 from pydantic import Field, ValidationError, field_validator
 from pydantic_settings import BaseSettings, InitSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
 
+from perdure.connectors.large_values import LargeValues, Place
+from perdure.schemas import topics
 from perdure.schemas.errors import ConfigurationError, Unreachable
 from perdure.schemas.signing import Keys
 
@@ -60,7 +63,9 @@ class Settings(BaseSettings):
     checkpoint_dir: Path | None = None
     """Where checkpoints are written; none: a directory of the user's."""
     blobs: str | None = None
-    """URL of a blob store that all hosts share, for snapshots of the state and for large values: file:///path."""
+    """What lies outside of Kafka, for all processes alike: values too large for a record, and the engine's snapshots. A
+    directory that all hosts share, s3://bucket/prefix or gs://bucket/prefix; none: every value has to fit into its
+    record, and a host without a store reads the whole changelog."""
     snapshot_rows: int = Field(default=200_000, ge=1)
     """After how many changed rows of a partition the engine takes another snapshot of it."""
     kafka: dict[str, str] = Field(default_factory=dict, repr=False)
@@ -81,8 +86,10 @@ class Settings(BaseSettings):
         stack = None if settings.bootstrap or settings.api else find_dev_stack(settings.data_dir)
         if stack is None:
             return settings
-        found = {"bootstrap": stack.bootstrap, "api": stack.api, "data_dir": stack.data_dir}
-        return settings.model_copy(update=found | {"keys_file": settings.keys_file or stack.keys_file})
+        data_dir = stack.data_dir
+        found: dict[str, Any] = {"bootstrap": stack.bootstrap, "api": stack.api, "data_dir": data_dir}
+        found |= {"keys_file": settings.keys_file or stack.keys_file, "blobs": settings.blobs or dev_blobs(data_dir)}
+        return settings.model_copy(update=found)
 
     @classmethod
     def settings_customise_sources(
@@ -102,6 +109,22 @@ class Settings(BaseSettings):
         plain = self.model_dump(mode="json", exclude={"kafka"}, exclude_none=True)
         options = {_KAFKA_PREFIX + name.upper().replace(".", "__"): value for name, value in self.kafka.items()}
         return {_PREFIX + name.upper(): str(value) for name, value in plain.items()} | options
+
+    def large_values(self, topic_id: Callable[[str], str]) -> LargeValues:
+        """The store of values too large for a record, or the lack of one; nothing is asked before its first use."""
+        return LargeValues() if self.blobs is None else LargeValues(lambda: self._large_place(topic_id).open())
+
+    def large_place(self, topic_id: Callable[[str], str]) -> Place | None:
+        """Where that store is. `topic_id`: the log's, which asks Kafka and raises `Unreachable`.
+
+        The topic that commands go to has an id that no other namespace has, nor this one once it is made anew: what
+        lies in one store for several of them is kept apart by it, or by its digest: not every folder may have its name.
+        """
+        return None if self.blobs is None else self._large_place(topic_id)
+
+    def _large_place(self, topic_id: Callable[[str], str]) -> Place:
+        assert self.blobs is not None, "asked where there is a store"
+        return Place(self.blobs, hashlib.sha256(topic_id(topics.COMMANDS.name).encode()).hexdigest()[:32])
 
     def require_bootstrap(self) -> str:
         """Kafka's address. Raises `Unreachable` when none is set and no dev stack runs."""
@@ -145,6 +168,11 @@ def shared_keys(data_dir: Path) -> Path:
         finally:
             fresh.unlink()
     return path
+
+
+def dev_blobs(data_dir: Path) -> str:
+    """Where a dev stack keeps values too large for a record."""
+    return str(data_dir.absolute() / "blobs")
 
 
 def nearest_data_dir(start: Path) -> Path:
@@ -205,7 +233,9 @@ def file_settings(start: Path) -> dict[str, Any]:
         for name in ("perdure.toml", "pyproject.toml"):
             found = _read(folder / name)
             if found is not None:
-                paths = {n: folder / p for n, p in found.items() if n in _PATHS and isinstance(p, str)}
+                paths: dict[str, Any] = {n: folder / p for n, p in found.items() if n in _PATHS and isinstance(p, str)}
+                if "://" not in str(found.get("blobs", "://")):
+                    paths["blobs"] = str(folder / str(found["blobs"]))
                 kafka = found.get("kafka", {})
                 if not isinstance(kafka, Mapping):
                     raise ConfigurationError(f"{folder / name}: kafka is a table of librdkafka's options")

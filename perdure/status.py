@@ -52,6 +52,9 @@ class Status:
     worker_id: str | None = None
     checkpoint_version: int | None = None
     result: Any = None
+    """None also for a result too large for a record: `result_ref` describes it, `Handle.result` fetches it."""
+    result_ref: Mapping[str, Any] | None = None
+    """Of a large result its size in bytes, sha256, preview (how its JSON text begins), and the day it was written."""
     error: Mapping[str, Any] | None = None
     """The last recorded error: type, message, error_types, traceback."""
     cancel_reason: str | None = None

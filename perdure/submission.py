@@ -60,8 +60,9 @@ class SubmitOptions(MoreOptions, total=False):
     """Handed to the task as `ctx.config`."""
 
 
-def to_command(head: Mapping[str, Any], type: str, input: Any, options: SubmitOptions, *, now: int) -> SubmitTask:
-    """The checked command, its id not yet completed. head: the fields of every command. now: ms, for `delay`.
+def to_command(head: Mapping[str, Any], type: str, options: SubmitOptions, *, now: int) -> SubmitTask:
+    """The checked command without its input, its id not yet completed. head: the fields of every command. now: ms, for
+    `delay`.
 
     Raises `InvalidRequest` naming the option, or `TypeError` for an option that does not exist.
     """
@@ -72,7 +73,7 @@ def to_command(head: Mapping[str, Any], type: str, input: Any, options: SubmitOp
     task_id, delay, at, timeout, retry = (given.pop(n, None) for n in ("id", "delay", "at", "timeout", "retry"))
     if delay is not None and at is not None:
         raise InvalidRequest("delay and at exclude each other: give one of them", field="delay")
-    fields = json_commands.convert(SubmitTask, given | {"type": type, "input": input})
+    fields = json_commands.convert(SubmitTask, given | {"type": type})
     if task_id == "":
         raise InvalidRequest("id is empty: leave it out, and the task gets one", field="task_id")
     if task_id is not None:

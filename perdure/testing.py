@@ -33,7 +33,9 @@ from types import ModuleType, TracebackType
 from typing import Any, Self, Unpack, cast
 
 from perdure.client import Client
+from perdure.connectors.blobs import MemoryBlobs
 from perdure.connectors.checkpoints import MemoryCheckpoints
+from perdure.connectors.large_values import LargeValues
 from perdure.schemas import ids, limits
 from perdure.schemas.codec import replace as replace_record
 from perdure.schemas.durations import Duration, to_ms
@@ -78,7 +80,9 @@ class Kit:
         self._store = MemoryCheckpoints()
         self._engine = LocalEngine(self._log, self._keys, self._clock)
         self._client_log = ClientLog(self._log, self._decide)
-        self.client = Client(self._client_log, clock=self._clock)
+        blobs = MemoryBlobs()
+        self._large = LargeValues(lambda: (blobs, "kit"), day=lambda: 0)
+        self.client = Client(self._client_log, clock=self._clock, large_values=self._large)
         self._closed = False
         self._submitted = self._lives = 0
         self._said: Counter[str] = Counter()
@@ -287,7 +291,8 @@ class Kit:
         self._lives += 1
         self._worker = InlineWorker(
             self._log, self._keys.newest_worker(), self._types, self._versions, clock=self._clock, store=self._store,
-            queues=self._queues, slots=self._slots, life=self._lives, watch=self._watch, dropped=self._dropped,
+            large=self._large, queues=self._queues, slots=self._slots, life=self._lives, watch=self._watch,
+            dropped=self._dropped,
         )  # fmt: skip
 
     def _living(self) -> InlineWorker:

@@ -20,6 +20,7 @@ from perdure.attempt import HARD, Attempt
 from perdure.capture import Lines, LogHandler
 from perdure.children import KillLadder, kill_ladder
 from perdure.connectors.checkpoints import CheckpointStore
+from perdure.connectors.large_values import LargeValues
 from perdure.reporter import PROGRESS_MS, Reporter, end_report_of, report_of
 from perdure.schemas import codec, topics
 from perdure.schemas.common import Usage
@@ -51,7 +52,9 @@ class InlineAttempt:
         self._log = AttemptLog(worker.offer_line, grant, session.partition)
         self._lines = Lines(self._line)
         self._handler = LogHandler(lambda: self._lines)
-        self.attempt = Attempt(codec.replace(grant, token=b""), task_type, self, worker.store, self._clock)
+        self.attempt = Attempt(
+            codec.replace(grant, token=b""), task_type, self, worker.store, self._clock, worker.large
+        )
         self.strand = Strand(f"perdure-{grant.task_id}", self._run_async if task_type.is_async else self._run)
         self._mail: deque[channel.ToChild] = deque()
         self._until: int | None = self._clock.now
@@ -198,6 +201,7 @@ class InlineWorker:
         *,
         clock: VirtualClock,
         store: CheckpointStore,
+        large: LargeValues,
         queues: Iterable[str],
         slots: int,
         life: int,
@@ -207,7 +211,7 @@ class InlineWorker:
         """`versions`: type -> version of its configuration. `life`: counts the lives of this worker id from 1.
         `dropped` takes the strands of what was killed.
         """
-        self.clock, self.store, self.watch = clock, store, watch
+        self.clock, self.store, self.large, self.watch = clock, store, large, watch
         self._types = types
         self._logs = log.producer()
         producer = log.producer()

@@ -30,6 +30,7 @@ import psutil
 
 from perdure import process
 from perdure.children import Events
+from perdure.connectors.large_values import Place
 from perdure.forkserver import ForkServer, Loaded
 from perdure.reporter import Reporter
 from perdure.schemas import codec, topics
@@ -92,10 +93,12 @@ class Worker:
         max_tasks_per_child: int = 100,
         async_slots: int = 1_000,
         drain_timeout_s: float = 60.0,
+        large: Place | None = None,
     ) -> None:
         """`queues`: None for those of the loaded types. `slots`: tasks of process types at the same time, `async_slots`
         of async ones. `name`: None for one made of host id and host slot. `start`: fork or spawn. `drain_timeout_s`:
-        how long tasks may take to stop when the worker does; they are killed then.
+        how long tasks may take to stop when the worker does; they are killed then. `large`: where values too large for
+        a record lie; None: they have to fit.
 
         Raises `ConfigurationError` for slots below 1.
         """
@@ -106,7 +109,7 @@ class Worker:
         self._state_dir, self._checkpoints = state_dir, checkpoint_dir
         self._drain_ms = round(drain_timeout_s * 1000)
         self._server = ForkServer(
-            modules, checkpoints=checkpoint_dir, start_method=start, max_tasks=max_tasks_per_child
+            modules, checkpoints=checkpoint_dir, start_method=start, max_tasks=max_tasks_per_child, large=large
         )
         self._events = Events()
         self._stops = 0

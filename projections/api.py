@@ -8,6 +8,7 @@ and only so is `/tasks/a/events` never taken for a task of that name. Paths are 
 | `tasks?state=&type=&queue=&label=name=value&limit=&cursor=` | tasks, newest first; `next` is the next page's cursor |
 | `tasks/{id}` | one task, with the names of `status --json` |
 | `tasks/{id}/events?after=&limit=` | its events behind a `seq` |
+| `tasks/{id}/input`, `tasks/{id}/result` | the whole value, also one that is too large for a record, as a download |
 | `tasks/{id}/attempts` | what ran where and how it ended |
 | `tasks/{id}/logs?n=` or `?after=&limit=` | its last lines, or those behind a `position` |
 | `dead-letters?type=&queue=&fingerprint=&limit=&cursor=`, `dead-letters/{id}` | dead letters, newest first |
@@ -22,6 +23,9 @@ and only so is `/tasks/a/events` never taken for a task of that name. Paths are 
 
 A command is answered with its verdict: 200, or 202 with `"decided": false` if the engine has not spoken in time; 404
 and 409 carry its refusal.
+
+A value that is too large for a record shows as null, and beside it `result_ref` (`input_ref`) says its size in bytes,
+its SHA-256 and how its JSON text begins.
 """
 
 from __future__ import annotations
@@ -38,11 +42,12 @@ from anyio import CapacityLimiter, to_thread
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
+from starlette.responses import Response
 from starlette.routing import Mount, Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from perdure.projections import history, render
-from perdure.projections.auth import Access, Answer, Gate, refusal
+from perdure.projections.auth import Access, Answer, Download, Gate, refusal
 from perdure.projections.progress import STATES
 from perdure.projections.views import PAGE_MAX, Place, Views
 from perdure.schemas import limits
@@ -66,11 +71,16 @@ Clock = Callable[[], int]
 Commands = Callable[[dict[str, Any]], Mapping[str, Any]]
 """Carries a JSON command out and returns the engine's answer: `accepted`, `reason`, `field`, `command_id`, `task_id`,
 and `decided`, false if there is no verdict yet. Blocks for some seconds at most; raises `PerdureError`."""
+Fetch = Callable[[str, bytes], bytes]
+"""(task id, recorded value) -> its JSON text, fetched if the record only refers to it. Blocks; raises
+`PerdureError`."""
 Health = Callable[[], Mapping[str, Any]]
 """Says how the server is; `ok` decides between 200 and 503. Must not block."""
 
 COMMANDS_AT_ONCE = 64
 """Commands that wait for the engine at the same time; queries have threads of their own and never wait behind them."""
+DOWNLOADS_AT_ONCE = 4
+"""Values that are fetched at the same time: each may be 64 MiB, and is in memory as a whole."""
 
 _STATUS: dict[type[PerdureError], int] = {
     NotFound: 404,
@@ -82,9 +92,9 @@ _STATUS: dict[type[PerdureError], int] = {
 }
 
 
-def create_app(views: Views, commands: Commands, health: Health, rules: Access, clock: Clock) -> ASGIApp:
+def create_app(views: Views, commands: Commands, fetch: Fetch, health: Health, rules: Access, clock: Clock) -> ASGIApp:
     """The API behind its gate."""
-    api = _Api(views, commands, health, clock)
+    api = _Api(views, commands, fetch, health, clock)
     app = Starlette(
         routes=[Route("/health", api.health), Mount("/api/v1", routes=api.routes())],
         exception_handlers={
@@ -111,9 +121,9 @@ class _AsSent:
 class _Api:
     """What each route does. Queries block on the disk, so they are plain functions: the server runs them in threads."""
 
-    def __init__(self, views: Views, commands: Commands, health: Health, clock: Clock) -> None:
-        self._views, self._commands, self._health, self._clock = views, commands, health, clock
-        self._places = CapacityLimiter(COMMANDS_AT_ONCE)
+    def __init__(self, views: Views, commands: Commands, fetch: Fetch, health: Health, clock: Clock) -> None:
+        self._views, self._commands, self._fetch, self._health, self._clock = views, commands, fetch, health, clock
+        self._places, self._downloads = CapacityLimiter(COMMANDS_AT_ONCE), CapacityLimiter(DOWNLOADS_AT_ONCE)
 
     def routes(self) -> list[Route]:
         """All routes but `/health`."""
@@ -126,6 +136,8 @@ class _Api:
             Route("/tasks/{id}", self.task),
             Route("/tasks/{id}/events", self.events),
             Route("/tasks/{id}/attempts", self.attempts),
+            Route("/tasks/{id}/input", self._value("input")),
+            Route("/tasks/{id}/result", self._value("result")),
             Route("/tasks/{id}/logs", self.logs),
             Route("/dead-letters", self.dead_letters),
             Route("/dead-letters/{id}", self.dead_letter),
@@ -203,6 +215,20 @@ class _Api:
 
     def types(self, _request: Request) -> Answer:
         return Answer({"types": [render.config(c) for c in self._views.config("type")]})
+
+    def _value(self, name: str) -> Callable[[Request], Any]:
+        def fetched(task_id: str) -> bytes:
+            self._known(task_id)
+            recorded = history.recorded(self._views.every_event(task_id, history.VALUES), name)
+            if recorded is None:
+                raise NotFound(f"no {name} of task {task_id!r} is recorded (yet)")
+            return self._fetch(task_id, recorded)
+
+        async def handle(request: Request) -> Response:
+            text = await to_thread.run_sync(fetched, _task_id(request), limiter=self._downloads)
+            return Download(text, f"{name}.json")
+
+        return handle
 
     def _known(self, task_id: str) -> TaskProgress:
         """The task's state. Raises `NotFound`."""

@@ -53,6 +53,15 @@ class Answer(Response):
         super().__init__(to_text(content), status, headers=_HEADERS | (headers or {}))
 
 
+class Download(Response):
+    """A file, not to be shown in the browser. `name`: plain ASCII."""
+
+    media_type = "application/json"
+
+    def __init__(self, content: bytes, name: str) -> None:
+        super().__init__(content, headers=_HEADERS | {"content-disposition": f'attachment; filename="{name}"'})
+
+
 def refusal(status: int, code: str, message: str, *, name: str | None = None, **headers: str) -> Answer:
     """An error in the one form that all errors have; `name` is the field that is wrong."""
     named = {key.replace("_", "-"): value for key, value in headers.items()}

@@ -28,6 +28,10 @@ KINDS = tuple(e.__name__ for e in (events.TaskGranted, events.TaskRedriven, even
 """The kinds of events that `attempts` reads: a task's steps need not be fetched for it."""
 
 
+VALUES = tuple(e.__name__ for e in (events.TaskSubmitted, events.TaskRedriven, events.TaskCompleted))
+"""The kinds of events that hold a task's input and result."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Epoch:
     """One grant of the task to a worker. Times are log times in ms."""
@@ -81,6 +85,18 @@ def attempts(facts: Iterable[Fact]) -> list[Attempt]:
             found[-1] = replace(found[-1], epochs=(*found[-1].epochs, epoch), outcome="RUNNING")
         elif found and found[-1].redrive == redrive:
             found[-1] = _after(found[-1], event)
+    return found
+
+
+def recorded(facts: Iterable[Fact], name: str) -> bytes | None:
+    """The `input` or `result` that holds after a task's events, as its record carries it; None: there is none."""
+    found: bytes | None = None
+    for event in facts:
+        given: bytes | None = getattr(event, name, None)
+        if given is not None:
+            found = given
+        elif isinstance(event, events.TaskSubmitted):  # the id of a task that was forgotten, used again
+            found = None
     return found
 
 

@@ -13,6 +13,7 @@ from typing import Annotated, Any, get_args, get_origin
 from perdure.projections.history import Attempt
 from perdure.projections.inputs import Fact
 from perdure.projections.views import Numbered, alive
+from perdure.schemas import references
 from perdure.schemas.errors import DecodeError
 from perdure.schemas.json_commands import strict_loads
 from perdure.schemas.public import ConfigRecord, DeadLetter, LogLine, TaskProgress, WorkerMetrics
@@ -29,14 +30,18 @@ def to_text(content: Any) -> bytes:
 def status(p: TaskProgress, now: int) -> Plain:
     """A task's state; `now` in ms says how long it has been running and how long it still may."""
     end = now if p.finished_at is None else p.finished_at
-    return plain(p) | {
-        "worker_id": p.worker_id or None,
-        "current_step": p.current_step or None,
-        "total_steps": None,
-        "elapsed_seconds": None if p.started_at is None else max(0, end - p.started_at) / 1000,
-        "eta_seconds": None if p.eta_at is None else max(0, p.eta_at - now) / 1000,
-        "estimated_duration_seconds": None if p.estimated_duration is None else p.estimated_duration / 1000,
-    }
+    return (
+        {"result_ref": None}
+        | plain(p)
+        | {
+            "worker_id": p.worker_id or None,
+            "current_step": p.current_step or None,
+            "total_steps": None,
+            "elapsed_seconds": None if p.started_at is None else max(0, end - p.started_at) / 1000,
+            "eta_seconds": None if p.eta_at is None else max(0, p.eta_at - now) / 1000,
+            "estimated_duration_seconds": None if p.estimated_duration is None else p.estimated_duration / 1000,
+        }
+    )
 
 
 def event(fact: Fact) -> Plain:
@@ -70,14 +75,25 @@ def config(numbered: Numbered[ConfigRecord]) -> Plain:
 
 
 def plain(record: Any) -> Plain:
-    """A record's fields as JSON values."""
+    """A record's fields as JSON values; a value that the record only refers to is null, described in `<name>_ref`."""
     kind: Any = type(record)
     recorded = _json_fields(kind)
-    return {
-        f.name: _recorded(value) if f.name in recorded else _plain(value)
-        for f in dataclasses.fields(record)
-        for value in (getattr(record, f.name),)
-    }
+    found: Plain = {}
+    for f in dataclasses.fields(record):
+        value = getattr(record, f.name)
+        large = _large(value) if f.name in recorded else None
+        if large is not None:
+            found |= {f.name: None, f"{f.name}_ref": large}
+        else:
+            found[f.name] = _recorded(value) if f.name in recorded else _plain(value)
+    return found
+
+
+def _large(value: bytes | None) -> Plain | None:
+    try:
+        return references.shown(value)
+    except DecodeError:
+        return None
 
 
 def _plain(value: Any) -> Any:

@@ -20,7 +20,7 @@ from typing import Any
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from perdure.projections.api import Commands, create_app
+from perdure.projections.api import Commands, Fetch, create_app
 from perdure.projections.auth import access
 from perdure.projections.view_writer import Reading, Retention, ViewWriter
 from perdure.projections.views import Views
@@ -53,6 +53,7 @@ def main(
     token: str | None,
     db_path: Path,
     commands: Commands,
+    fetch: Fetch,
     ready: Callable[[str], None],
     background: Mapping[str, Work] | None = None,
     lags: Lags = dict,
@@ -77,7 +78,7 @@ def main(
         def health() -> Mapping[str, Any]:
             return health_of(writer.reading, crew.state(), lags())
 
-        app = create_app(Views(db_path), commands, health, rules, _now)
+        app = create_app(Views(db_path), commands, fetch, health, rules, _now)
         crew.start({"views": writer.run} | dict(background or {}))
         try:
             asyncio.run(_serve(app, listener, ready, stop))

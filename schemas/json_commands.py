@@ -18,7 +18,7 @@ from dataclasses import fields
 from functools import partial
 from typing import Annotated, Any, get_args, get_origin
 
-from perdure.schemas import codec, commands, durations, ids, limits, values
+from perdure.schemas import codec, commands, durations, ids, limits, references, values
 from perdure.schemas.commands import Command, SubmitBatch, SubmitTask
 from perdure.schemas.common import Retry
 from perdure.schemas.errors import DecodeError, InvalidRequest, ValueTooLarge
@@ -407,6 +407,17 @@ def _check_value(value: bytes, field: str) -> Any:
         raise InvalidRequest(f"{field}: {error}", field=field) from error
 
 
+def _check_input(value: bytes, field: str) -> None:
+    """JSON text, or what stands for a text too large for a record. Only a record in Avro can hold the latter."""
+    if references.is_reference(value):
+        try:
+            references.parse(value)
+        except DecodeError as error:
+            raise InvalidRequest(f"{field}: {error}", field=field) from error
+    else:
+        _check_value(value, field)
+
+
 def _check_object(value: bytes, field: str) -> None:
     content = _check_value(value, field)
     if not isinstance(content, dict):
@@ -438,7 +449,7 @@ def _check_tasks(value: list[SubmitTask], field: str) -> None:
 
 _RULES: dict[str, Callable[..., Any]] = {
     "command_id": _text, "task_id": _check_task_id, "issued_by": _text, "reply_to": _name, "reason": _text,
-    "type": _name, "input": _check_value, "queue": _check_queue, "key": _name, "user": _name,
+    "type": _name, "input": _check_input, "queue": _check_queue, "key": _name, "user": _name,
     "policy_version": partial(_number, least=0, most=_LONG_MAX), "concurrency_key": _name, "after": _check_after,
     "resources": _check_object, "agent_config": _check_object, "estimated_duration": _duration,
     "checkpoint_interval": _duration, "checkpoint_storage": _name, "callback_url": _name,

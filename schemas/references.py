@@ -35,10 +35,6 @@ class Reference:
         """As a record carries it."""
         return MARK + json.dumps(asdict(self), sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
 
-    def about(self) -> dict[str, Any]:
-        """What to show of it."""
-        return {"size": self.size, "sha256": self.sha256, "preview": self.preview}
-
 
 _FIELDS = {f.name: {"int": int, "str": str}[str(f.type)] for f in fields(Reference)}
 
@@ -72,5 +68,5 @@ def identity(data: bytes) -> bytes:
 
 
 def shown(data: bytes | None) -> dict[str, Any] | None:
-    """What to show of a recorded value that is a reference; None for every other. Raises `DecodeError`."""
-    return parse(data).about() if data is not None and is_reference(data) else None
+    """The fields of a recorded value that is a reference; None for every other value. Raises `DecodeError`."""
+    return asdict(parse(data)) if data is not None and is_reference(data) else None

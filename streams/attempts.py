@@ -11,9 +11,10 @@ from typing import Any
 
 import msgspec
 
-from perdure.schemas import events, inbox, limits, reports
+from perdure.schemas import events, inbox, limits, references, reports
 from perdure.schemas.codec import replace
 from perdure.schemas.common import ErrorInfo, Usage
+from perdure.schemas.errors import DecodeError
 from perdure.schemas.events import ProgressReported
 from perdure.schemas.reports import Report, ReportEntry
 from perdure.schemas.rows import Mark, Step, TaskState
@@ -168,8 +169,11 @@ def _completed(s: State, m: Moment, task_id: str, result: bytes, usage: Usage) -
     try:
         if len(result) > limits.VALUE_MAX:
             raise ValueError(f"it is {len(result):,} bytes; at most {limits.VALUE_MAX:,} are taken")
-        msgspec.json.decode(result)
-    except (ValueError, RecursionError) as error:
+        if references.is_reference(result):
+            references.parse(result)
+        else:
+            msgspec.json.decode(result)
+    except (ValueError, RecursionError, DecodeError) as error:
         kind = "perdure.schemas.errors.NotSerializable"
         info = ErrorInfo(type=kind, message=f"the result is no value: {error}", error_types=[kind])
         yield from task_lifecycle.failed(s, m, task_id, info, usage, final=True)

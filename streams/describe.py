@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from perdure.schemas import limits
+from perdure.schemas import limits, references
 from perdure.schemas.inbox import CommandReply
 from perdure.schemas.rows import TaskSpec, TaskState
 from perdure.streams import policies, tables
@@ -39,6 +39,7 @@ def status(s: State, m: Moment, task_id: str) -> dict[str, Any]:
     """Everything `status --json` shows. Times are log times in ms, fractions 0 to 1."""
     t, spec, live = s.known(task_id), s.spec(task_id), s.live(task_id)
     result = s.get(tables.task(task_id), tables.RESULT)
+    large = references.shown(result.result) if result else None
     end = t.finished_at if t.finished_at is not None else m.at
     reason = pending_reason(s, t, spec)
     done = t.state == "COMPLETED"
@@ -57,7 +58,7 @@ def status(s: State, m: Moment, task_id: str) -> dict[str, Any]:
         "eta_seconds": eta, "submitted_at": spec.submitted_at, "started_at": t.started_at, "finished_at": t.finished_at,
         "updated_at": t.updated_at, "due": s.start_time(t),
         "worker_id": t.worker_id or None, "session": t.session or None,
-        "result": json.loads(result.result) if result else None,
+        "result": json.loads(result.result) if result and not large else None, "result_ref": large,
         "error": dict(t.error.__dict__) if t.error else None,
         "usage": dict(t.usage.__dict__) if t.usage else None,
         "checkpoint_version": t.checkpoint.version if t.checkpoint else None,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from perdure.schemas import events, inbox, limits
+from perdure.schemas import events, inbox, limits, references
 from perdure.schemas.common import ErrorInfo, StepRecord
 from perdure.schemas.rows import Session
 from perdure.streams import policies, tables, task_lifecycle
@@ -82,8 +82,10 @@ def _run_attempt(s: State, task_id: str, begun: list[str]) -> inbox.RunAttempt:
     t, spec = s.known(task_id), s.spec(task_id)
     policy = policies.effective(s, task_id)
     total = t.timers.get("total")
+    large = references.is_reference(spec.input)
     return inbox.RunAttempt(
-        worker_id=t.worker_id, session=t.session, grant=t.grant, task_id=task_id, type=spec.type, input=spec.input,
+        worker_id=t.worker_id, session=t.session, grant=t.grant, task_id=task_id, type=spec.type,
+        input=None if large else spec.input, input_ref=spec.input.decode() if large else None,
         policy=policy, attempt=t.attempt, epoch=t.epoch, checkpoint=t.checkpoint, steps_total=t.steps_kept,
         priority=spec.priority, submitted_at=spec.submitted_at,
         deadline=None if total is None else total - s.clock.offset,

@@ -7,7 +7,8 @@ import json
 from dataclasses import MISSING, fields
 from typing import Any
 
-from perdure.schemas import events, ids
+from perdure.schemas import events, ids, references
+from perdure.schemas.codec import replace
 from perdure.schemas.commands import SubmitTask
 from perdure.schemas.common import Retry
 from perdure.schemas.errors import InvalidRequest, ValueTooLarge
@@ -59,6 +60,7 @@ def submit(s: State, m: Moment, command: SubmitTask) -> Outputs:
 
 def digests(command: SubmitTask) -> tuple[str, str]:
     """(digest of all the submitter said, digest of type and input)."""
+    command = replace(command, input=references.identity(command.input))
     return _digest(_said(command)), _digest((command.type, command.input))
 
 
@@ -87,8 +89,8 @@ def _check_side_values(command: SubmitTask, overrides: bytes | None) -> None:
 
 
 def _canonical(value: bytes) -> str:
-    """Programs write the same JSON in different ways."""
-    return json.dumps(json.loads(value), sort_keys=True)
+    """Programs write the same JSON in different ways; large values are all written by us, in one."""
+    return repr(value) if references.is_reference(value) else json.dumps(json.loads(value), sort_keys=True)
 
 
 def _digest(value: object) -> str:

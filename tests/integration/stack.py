@@ -29,6 +29,7 @@ from confluent_kafka import Producer
 
 from perdure.cli_run import OWNER
 from perdure.client import Client
+from perdure.connectors.large_values import LargeValues
 from perdure.handle import Handle
 from perdure.schemas import codec, ids, topics
 from perdure.schemas.errors import DecodeError
@@ -222,6 +223,8 @@ class Stack:
         self.log = KafkaLog(bootstrap, prefix)
         self.keys = Keys.generate()
         self.keys.save(folder / "keys.json")
+        self.blobs = folder / "blobs"
+        self.large_place = Settings.model_construct(blobs=str(self.blobs)).large_place(self.log.topic_id)
         self.witness = folder / "witness"
         self.witness.touch()
         self._processes: list[Process] = []
@@ -254,7 +257,7 @@ class Stack:
         kept = {n: v for n, v in os.environ.items() if n not in ours and not n.startswith("PERDURE_")}
         settings = Settings.model_construct(
             bootstrap=self.bootstrap, namespace=self.prefix, keys_file=self.folder / "keys.json", data_dir=self.folder,
-            state_dir=self.folder / "state", checkpoint_dir=self.folder / "checkpoints",
+            state_dir=self.folder / "state", checkpoint_dir=self.folder / "checkpoints", blobs=str(self.blobs),
         )  # fmt: skip
         environment = kept | settings.environment() | {OWNER: str(os.getpid())} | self.environment
         made = Process([sys.executable, *command], environment, self.folder / f"{name}.log")
@@ -322,7 +325,7 @@ class Stack:
     def client(self) -> Client:
         """A client of the namespace."""
         if self._client is None:
-            self._client = Client(self.log)
+            self._client = Client(self.log, large_values=LargeValues.at(self.large_place))
         return self._client
 
     def submit(self, task_type: str, input: Any = None, **options: Any) -> Handle:

@@ -14,6 +14,7 @@ from perdure.tasks import Retry, task
 
 QUEUE = "etl"
 _POLL_S = 0.01
+BULKY_STEPS = 10
 
 
 def note(witness: str, *words: object) -> None:
@@ -50,6 +51,21 @@ def _gate(witness: str, task_id: str, epoch: int, gate: str) -> int:
     while not Path(gate).exists():
         time.sleep(_POLL_S)
     return epoch
+
+
+@task(queue=QUEUE)
+def bulky(ctx: Context, witness: str, gate: str, data: str) -> dict[str, object]:
+    """Turns a large input into a large result, in steps that are large too; the step in the middle waits for a gate."""
+    size = len(data) // BULKY_STEPS
+    parts = [ctx.step("part", _part, witness, gate, n, data[n * size :][:size], key=n) for n in range(BULKY_STEPS)]
+    return {"epoch": ctx.epoch, "data": "".join(parts)}
+
+
+def _part(witness: str, gate: str, number: int, data: str) -> str:
+    note(witness, "part", number)
+    while number == BULKY_STEPS // 2 and not Path(gate).exists():
+        time.sleep(_POLL_S)
+    return data.upper()
 
 
 @task(queue=QUEUE)

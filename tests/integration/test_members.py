@@ -17,7 +17,9 @@ pytestmark = pytest.mark.kafka
 NAME = topics.COMMANDS.name
 
 
-def test_what_was_asked_for_a_partition_that_is_taken_away_is_forgotten(kafka_bootstrap: str, topic_prefix: str) -> None:
+def test_what_was_asked_for_a_partition_that_is_taken_away_is_forgotten(
+    kafka_bootstrap: str, topic_prefix: str
+) -> None:
     """A lane asks from its own thread to read from somewhere; a rebalance may come before that is done."""
     create_topics(kafka_bootstrap, topic_prefix, partitions=2)
     log = KafkaLog(kafka_bootstrap, topic_prefix)

@@ -83,9 +83,13 @@ class Running:
             self._url = url
 
         try:
-            self.exit_code = server.main(log, db_path=db_path, ready=ready, stop=self.stop, **self._said)
+            self.exit_code = server.main(log, db_path=db_path, ready=ready, fetch=_fetch, stop=self.stop, **self._said)
         except Exception as error:  # noqa: BLE001 - handed to the test by `ended`
             self.error = error
+
+
+def _fetch(task_id: str, recorded: bytes) -> bytes:
+    return recorded
 
 
 @contextmanager
@@ -361,7 +365,7 @@ from perdure.streams.memory_log import MemoryLog
 logging.basicConfig(level=logging.DEBUG)
 log = MemoryLog(lambda: time.time_ns() // 1_000_000, partitions=1)
 sys.exit(server.main(log, host="127.0.0.1", port=0, token=sys.argv[2], db_path=Path(sys.argv[1]),
-                     commands=lambda c: {}, ready=lambda url: print(url, flush=True)))
+                     commands=lambda c: {}, fetch=lambda task_id, recorded: recorded, ready=lambda url: print(url, flush=True)))
 """
 
 

@@ -11,7 +11,8 @@ from typing import Any
 from perdure import channel
 from perdure.attempt import Attempt
 from perdure.connectors.checkpoints import CheckpointStore, MemoryCheckpoints
-from perdure.schemas import codec
+from perdure.connectors.large_values import LargeValues
+from perdure.schemas import codec, references
 from perdure.schemas.common import CheckpointRef, Policy, StepRecord
 from perdure.schemas.inbox import RunAttempt, StepPage
 from perdure.tasks import Registry, TaskType, task
@@ -85,6 +86,7 @@ class Engine:
         self.page_size = page_size
         self.store = store or MemoryCheckpoints()
         self.clock = Clock()
+        self.large = LargeValues()
         self.policy: Policy = task_type.policy
         self.steps: dict[str, StepRecord] = {}
         self.begun: set[str] = set()
@@ -95,24 +97,28 @@ class Engine:
         self.acknowledges = True
         self.more: dict[str, Any] = {}
 
-    def attempt(self, value: Any = None) -> tuple[Attempt, Way]:
-        """The next attempt, not begun."""
+    def attempt(self, value: Any = None, carried: bytes | None = None) -> tuple[Attempt, Way]:
+        """The next attempt, not begun. `carried`: what the task's record holds for the input, if it is not `value`."""
         self.epoch += 1
+        given = json.dumps(value).encode() if carried is None else carried
+        large = references.is_reference(given)
         grant = RunAttempt(
             worker_id="w", session="s", grant=self.epoch, task_id=TASK, type=self.type.name,
-            input=json.dumps(value).encode(), input_ref=None, policy=self.policy, attempt=1, epoch=self.epoch,
+            input=None if large else given, input_ref=given.decode() if large else None, policy=self.policy, attempt=1, epoch=self.epoch,
             checkpoint=self.checkpoint, steps_total=len(self.steps), milestones=list(self.milestones),
             begun_steps=sorted(self.begun), **self.more,
         )  # fmt: skip
         way = Way(self)
-        way.attempt = Attempt(grant, self.type, way, self.store, self.clock)
+        way.attempt = Attempt(grant, self.type, way, self.store, self.clock, self.large)
         if self.steps:
             way.coming.append(self._page(""))
         return way.attempt, way
 
-    def run(self, value: Any = None, prepare: Callable[[Way], None] = lambda way: None) -> Way:
+    def run(
+        self, value: Any = None, prepare: Callable[[Way], None] = lambda way: None, carried: bytes | None = None
+    ) -> Way:
         """Run one attempt to its end."""
-        attempt, way = self.attempt(value)
+        attempt, way = self.attempt(value, carried)
         prepare(way)
         if self.type.is_async:
             asyncio.run(run_async(attempt, way))

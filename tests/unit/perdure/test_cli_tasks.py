@@ -12,7 +12,9 @@ from click.testing import CliRunner
 from perdure import api_client, cli
 from perdure import client as client_module
 from perdure.client import Client
-from perdure.schemas import codec, events, ids
+from perdure.connectors.blobs import MemoryBlobs
+from perdure.connectors.large_values import LargeValues
+from perdure.schemas import codec, events, ids, limits, references
 from perdure.schemas.commands import (
     AwaitTask,
     CancelTask,
@@ -26,10 +28,14 @@ from perdure.schemas.commands import (
 from perdure.schemas.common import Cause, ErrorInfo
 from perdure.schemas.errors import NotFound
 from perdure.schemas.public import LogLine
+from perdure.schemas.references import Reference
 from perdure.streams.memory_log import MemoryLog
 from tests.unit.perdure.scripted_engine import NOT_FOUND, Answer, append_event, configure, running, status
 
 NOW = 1_800_000_000_000
+BLOBS = MemoryBlobs()
+LARGE_VALUES = LargeValues(lambda: (BLOBS, "home"))
+REFERENCE = Reference(day=1, sha256="ab" * 32, size=10_485_760, preview='{"rows":[\x1b[31m')
 
 
 @pytest.fixture
@@ -38,7 +44,7 @@ def log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> MemoryLog:
     made = MemoryLog(lambda: NOW)
     configure(made, "type/t", {"queue": "etl"})
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(Client, "_open", lambda _: made)
+    monkeypatch.setattr(Client, "_open", lambda _: (made, LARGE_VALUES))
     return made
 
 
@@ -119,6 +125,23 @@ def test_status_for_people(log: MemoryLog) -> None:
     ):
         assert told in result.stdout
     assert "\x1b" not in result.stdout
+
+
+@pytest.mark.parametrize("command", ["status", "wait"])
+def test_of_a_large_result_only_the_beginning_is_shown(log: MemoryLog, command: str) -> None:
+    body = {"state": "COMPLETED", "result": None, "result_ref": vars(REFERENCE)}
+    with running(log, answering(**body)):
+        text, data = run(command, "etl/1").stdout, json.loads(run(command, "etl/1", "--json").stdout)
+    assert '10,485,760 bytes: {"rows":[' in text
+    assert "\x1b" not in text
+    assert (data["result"], data["result_ref"]) == (None, vars(REFERENCE))
+
+
+def test_a_large_input_goes_through_the_store(log: MemoryLog) -> None:
+    large = json.dumps("v" * limits.VALUE_MAX)
+    assert run("submit", "t", "--input", "-", "--id", "x", input=large).exit_code == 0
+    assert references.is_reference(submitted(log).input)
+    assert LARGE_VALUES.fetched("etl/x", submitted(log).input) == large.encode()
 
 
 def test_an_estimate_is_told_in_whole_seconds(log: MemoryLog) -> None:
@@ -214,6 +237,15 @@ def test_history(log: MemoryLog) -> None:
     assert lines[0]["cause"]["partition"] == 0
     assert "TaskQueued" in text[0]
     assert 'result={"n": 1}' in text[1]
+
+
+def test_a_large_value_in_the_history(log: MemoryLog) -> None:
+    append_event(log, events.TaskCompleted(**HEAD, seq=1, epoch=1, attempt=1, result=REFERENCE.encode()))
+    with running(log, answering()):
+        event = json.loads(run("history", "etl/1", "--json").stdout)
+        text = run("history", "etl/1").stdout
+    assert (event["result"], event["result_ref"]) == (None, vars(REFERENCE))
+    assert "result_ref=10,485,760 bytes:" in text
 
 
 def test_the_history_of_a_task_that_the_engine_has_forgotten(log: MemoryLog) -> None:

@@ -10,7 +10,9 @@ import pytest
 
 from perdure import client as client_module
 from perdure.client import Client
-from perdure.schemas import codec, ids, limits
+from perdure.connectors.blobs import Blobs, MemoryBlobs
+from perdure.connectors.large_values import LargeValues
+from perdure.schemas import codec, ids, limits, references, values
 from perdure.schemas.commands import DescribeTask, FindTasks, SubmitTask
 from perdure.schemas.common import Retry
 from perdure.schemas.errors import (
@@ -186,6 +188,27 @@ def test_what_cannot_be_right_is_refused_before_the_log(
     with pytest.raises(kind) as caught:
         client.submit("t", **options)
     assert caught.value.field == field
+    assert log.records("task-commands") == []
+
+
+def test_a_large_input_is_in_the_store_before_its_submit_is_in_the_log(log: MemoryLog) -> None:
+    blobs = MemoryBlobs()
+    large = LargeValues(lambda: (blobs, "home"), day=lambda: 7)
+    with Client(log, clock=lambda: NOW, large_values=large) as client:
+        handle = client.submit("t", "x" * limits.VALUE_MAX, queue="etl", key="k")
+        client.submit("t", {"day": 7, "sha256": "ab"}, queue="etl")
+    first, second = (codec.decode_as(SubmitTask, r.value or b"") for r in log.records("task-commands"))
+    assert references.parse(first.input).day == 7
+    assert values.loads(large.fetched(handle.id, first.input)) == "x" * limits.VALUE_MAX
+    assert second.input == b'{"day":7,"sha256":"ab"}'
+
+
+def test_a_store_that_is_away_keeps_the_submit_out_of_the_log(log: MemoryLog) -> None:
+    def away() -> tuple[Blobs, str]:
+        raise Unreachable("the store is away")
+
+    with Client(log, large_values=LargeValues(away)) as client, pytest.raises(Unreachable, match="store is away"):
+        client.submit("t", "x" * limits.VALUE_MAX, queue="etl")
     assert log.records("task-commands") == []
 
 

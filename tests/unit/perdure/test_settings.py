@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import subprocess
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from perdure.schemas import limits
 from perdure.schemas.errors import ConfigurationError, Unreachable
 from perdure.schemas.signing import Keys
 from perdure.settings import Settings, find_dev_stack, is_loopback, shared_keys
@@ -125,6 +127,33 @@ def test_without_an_address_the_running_dev_stack_is_found(elsewhere: Path, monk
     settings = Settings.load()
     assert (settings.bootstrap, settings.api) == ("127.0.0.1:1", "http://127.0.0.1:2")
     assert settings.keys_file == elsewhere / ".perdure" / "keys.json"
+    assert settings.blobs == str(elsewhere / ".perdure" / "blobs")
+    monkeypatch.setenv("PERDURE_BLOBS", "s3://bucket/x")
+    assert Settings.load().blobs == "s3://bucket/x"
+
+
+@pytest.mark.parametrize(
+    ("given", "found"), [("blobs", "{here}/blobs"), ("/mnt/b", "/mnt/b"), ("gs://b/p", "gs://b/p")]
+)
+def test_the_place_of_large_values_in_a_file(
+    elsewhere: Path, monkeypatch: pytest.MonkeyPatch, given: str, found: str
+) -> None:
+    (elsewhere / "perdure.toml").write_text(f'blobs = "{given}"')
+    (elsewhere / "deep").mkdir()
+    monkeypatch.chdir(elsewhere / "deep")
+    assert Settings.load(bootstrap="localhost:1").blobs == found.format(here=elsewhere)
+
+
+def test_large_values_lie_where_the_setting_says_under_the_id_of_the_topic(tmp_path: Path) -> None:
+    ids = {"task-commands": "a+topic/id=="}
+    home = hashlib.sha256(b"a+topic/id==").hexdigest()[:32]
+    settings = Settings(blobs=str(tmp_path))
+    assert settings.large_place(ids.__getitem__) == (str(tmp_path), home)
+    large = settings.large_values(ids.__getitem__)
+    large.carried("etl/1", large.text("v" * limits.VALUE_MAX, "input"))
+    assert [p.name for p in (tmp_path / "values").iterdir()] == [home]
+    assert Settings().large_place(ids.__getitem__) is None
+    Settings(blobs=str(tmp_path)).large_values(lambda _: pytest.fail("nothing is asked before it is needed"))
 
 
 def test_an_address_that_is_set_keeps_the_dev_stack_out(elsewhere: Path) -> None:

@@ -9,6 +9,8 @@ from typing import Any
 
 import httpx
 
+from perdure.connectors.blobs import MemoryBlobs
+from perdure.connectors.large_values import LargeValues
 from perdure.projections.api import create_app
 from perdure.projections.auth import Access, access
 from perdure.projections.views import Views
@@ -28,10 +30,13 @@ class Server:
         self.path = tmp_path / "views.db"
         self.commands: list[dict[str, Any]] = []
         self.answer: Mapping[str, Any] | Exception = ACCEPTED
+        self.fetched: list[tuple[str, bytes]] = []
+        blobs = MemoryBlobs()
+        self.large = LargeValues(lambda: (blobs, "home"))
         self.state: dict[str, Any] = {"ok": True, "problems": []}
         self.views = Views(self.path)
         self.app = create_app(
-            self.views, self.carry_out, lambda: self.state, rules or access("127.0.0.1", None), self.clock
+            self.views, self.carry_out, self.fetch, lambda: self.state, rules or access("127.0.0.1", None), self.clock
         )
 
     def carry_out(self, command: dict[str, Any]) -> Mapping[str, Any]:
@@ -39,6 +44,10 @@ class Server:
         if isinstance(self.answer, Exception):
             raise self.answer
         return self.answer
+
+    def fetch(self, task_id: str, recorded: bytes) -> bytes:
+        self.fetched.append((task_id, recorded))
+        return self.large.fetched(task_id, recorded)
 
     def get(self, path: str, **said: Any) -> Any:
         """The JSON of a GET that succeeds, once all records are in the views."""

@@ -8,7 +8,8 @@ from urllib.parse import quote
 
 import pytest
 
-from perdure.schemas import events
+from perdure.projections import history
+from perdure.schemas import events, limits
 from perdure.schemas.common import Usage
 from perdure.schemas.errors import (
     CommandRefused,
@@ -125,6 +126,50 @@ def test_events_with_their_kind_and_recorded_values(server: Server) -> None:
     rest = server.get("tasks/etl%2F1/events?after=2")
     assert rest["events"][-1]["result"] == [1]
     assert (rest["next"], rest["more"]) == (5, False)
+
+
+def test_a_large_value_is_described_and_can_be_downloaded(server: Server) -> None:
+    text = b'"' + b"v" * limits.VALUE_MAX + b'"'
+    carried = server.large.carried("etl/1", text)
+    story = Story("etl/1").running(input=carried)
+    story.then(events.TaskCompleted, result=carried)
+    tell(server.log, story)
+    shown = server.get("tasks/etl%2F1")
+    assert (shown["result"], shown["result_ref"]["size"]) == (None, len(text))
+    first = server.get("tasks/etl%2F1/events?limit=1")["events"][0]
+    assert (first["input"], first["input_ref"]) == (None, shown["result_ref"])
+    assert server.fetched == [], "what is shown needs no store"
+    for name in ("input", "result"):
+        answer = server.ask("GET", f"/api/v1/tasks/etl%2F1/{name}")
+        assert (answer.status_code, answer.content) == (200, text)
+        assert answer.headers["content-disposition"] == f'attachment; filename="{name}.json"'
+        assert answer.headers["content-type"] == "application/json"
+
+
+def test_a_small_value_can_be_downloaded_too_and_the_newest_one_counts(server: Server) -> None:
+    story = Story("etl/1").running(input=b"[1]")
+    story.failing()
+    story.then(events.TaskRedriven, input=b"[2]")
+    tell(server.log, story)
+    assert server.get("tasks/etl%2F1/input") == [2]
+    assert server.refused("GET", "tasks/etl%2F1/result") == (404, "not_found", None)
+    assert server.refused("GET", "tasks/etl%2F2/result") == (404, "not_found", None)
+    later = Story("etl/1", at=story.events[-1].at + 1)
+    later.then(events.TaskSubmitted, input=b"[3]")
+    assert history.recorded([*story.events, *later.events], "input") == b"[3]"
+
+
+def test_a_result_of_an_earlier_task_of_the_same_id_is_not_this_ones(server: Server) -> None:
+    story = Story("etl/1").running(input=b"1")
+    story.then(events.TaskCompleted, result=b"2")
+    again = Story("etl/1").running(input=b"3")
+    assert history.recorded([*story.events, *again.events], "result") is None
+
+
+def test_a_large_value_that_is_lost_is_told(server: Server) -> None:
+    carried = server.large.carried("etl/2", b'"' + b"v" * limits.VALUE_MAX + b'"')
+    tell(server.log, Story("etl/1").running(input=carried))
+    assert server.refused("GET", "tasks/etl%2F1/input") == (503, "value_lost", None)
 
 
 def test_a_value_that_is_no_json_is_shown_as_text(server: Server) -> None:

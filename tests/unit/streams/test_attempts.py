@@ -9,6 +9,7 @@ import pytest
 
 from perdure.schemas import commands, events, inbox, limits, reports, topics
 from perdure.schemas.codec import replace
+from perdure.schemas.references import Reference
 from perdure.schemas.rows import TaskState
 from perdure.schemas.signing import signed
 from tests.world import (
@@ -369,7 +370,7 @@ def test_values_out_of_bounds_are_refused_and_the_attempt_goes_on(report: Any) -
     assert json.loads(json.dumps(scene.world.status(scene.task_id), allow_nan=False))["state"] == "RUNNING"
 
 
-@pytest.mark.parametrize("result", [b"{", b"NaN", b"\xff", b'"' + b"v" * limits.VALUE_MAX + b'"'])
+@pytest.mark.parametrize("result", [b"{", b"NaN", b"\xff", b"@{}", b'"' + b"v" * limits.VALUE_MAX + b'"'])
 def test_a_result_that_is_no_value_fails_the_task_at_once(result: bytes) -> None:
     scene = Scene(retry={"max_attempts": 5})
     scene.world.send(commands.AwaitTask(command_id="wait", task_id=scene.task_id, reply_to="c"))
@@ -378,6 +379,24 @@ def test_a_result_that_is_no_value_fails_the_task_at_once(result: bytes) -> None
     assert scene.world.status(scene.task_id)["result"] is None
     assert len(scene.world.replies("wait")) == 1
     assert not scene.world.quarantined()
+
+
+def test_a_large_result_is_described_and_never_taken_for_a_value() -> None:
+    scene = Scene()
+    reference = Reference(day=1, sha256="ab" * 32, size=limits.VALUE_MAX + 1, preview="[1,")
+    scene.report(begun(), step("big", reference.encode()), replace(completed(), result=reference.encode()))
+    (recorded,) = scene.world.of_kind(events.StepCompleted)
+    assert recorded.result == reference.encode()
+    shown = scene.world.status(scene.task_id)
+    assert (shown["state"], shown["result"], shown["result_ref"]) == ("COMPLETED", None, vars(reference))
+
+
+def test_a_small_result_has_no_reference_whatever_it_says() -> None:
+    scene = Scene()
+    posing = Reference(day=1, sha256="ab" * 32, size=limits.VALUE_MAX + 1, preview="").encode().decode()
+    scene.report(begun(), completed(posing))
+    shown = scene.world.status(scene.task_id)
+    assert (shown["state"], shown["result"], shown["result_ref"]) == ("COMPLETED", posing, None)
 
 
 def test_errors_of_any_size_are_cut_to_their_limits() -> None:

@@ -10,9 +10,10 @@ import pytest
 from perdure.schemas import commands, events, ids, limits
 from perdure.schemas.commands import SubmitTask
 from perdure.schemas.common import Retry
+from perdure.schemas.references import Reference
 from perdure.streams import tables
 from perdure.streams.submit import digests
-from tests.world import CLIENT, HOUR, MINUTE, SECOND, ScriptedWorker, World, completed
+from tests.world import CLIENT, HOUR, MINUTE, SECOND, ScriptedWorker, World, completed, failed
 
 HOME = ids.partition_of("default", 2)
 AWAY = 1 - HOME
@@ -107,6 +108,61 @@ def test_the_same_input_in_another_writing_is_the_same_input() -> None:
         world.send(SubmitTask(command_id=str(n), type="noop", key="k", input=value, reply_to=CLIENT), HOME)
         assert world.reply(str(n)).accepted
     assert len(submitted(world)) == 1
+
+
+# Values too large for a record ------------------------------------------------------------------------------------------
+
+
+def large(digest: str = "ab" * 32, day: int = 20_000) -> bytes:
+    return Reference(day=day, sha256=digest, size=limits.VALUE_MAX + 1, preview="[1,").encode()
+
+
+def test_a_reference_travels_to_the_worker_in_place_of_the_input() -> None:
+    world = World()
+    worker = ScriptedWorker(world).start()
+    task_id = world.submit(input=large())
+    grant = worker.grant()
+    assert (grant.input, grant.input_ref) == (None, large().decode())
+    (event,) = world.of_kind(events.TaskSubmitted)
+    assert event.input == large()
+    worker.report(grant, failed())
+    world.do(commands.RetryTask, task_id, input=large("cd" * 32))
+    assert worker.grant().input_ref == large("cd" * 32).decode()
+
+
+@pytest.mark.parametrize("task_id", ["", "default/t"])
+def test_a_large_input_that_was_written_again_later_is_the_same_input(task_id: str) -> None:
+    world = World()
+    for n, value in enumerate((large(), large(day=20_001), large(digest="cd" * 32), b'"small"')):
+        world.send(
+            SubmitTask(command_id=str(n), task_id=task_id, type="noop", key="k", input=value, reply_to=CLIENT), HOME
+        )
+    assert [world.reply(str(n)).accepted for n in range(4)] == [True, True, False, False]
+    assert [world.reply(str(n)).field for n in (2, 3)] == ["key", "key"]
+    (event,) = world.of_kind(events.TaskSubmitted)
+    assert event.input == large()
+
+
+def test_the_same_id_with_a_large_input_that_was_written_again_is_the_same_task() -> None:
+    world = World()
+    for n, value in enumerate((large(), large(day=20_001), large(digest="cd" * 32))):
+        world.send(SubmitTask(command_id=str(n), task_id="default/t", type="noop", input=value, reply_to=CLIENT), HOME)
+    assert [world.reply(str(n)).accepted for n in range(3)] == [True, True, False]
+
+
+@pytest.mark.parametrize("bad", [b"@", b"@{}", large() + b" x", large()[:-2]])
+def test_bytes_that_are_neither_value_nor_reference_are_refused(bad: bytes) -> None:
+    world = World()
+    world.send(SubmitTask(command_id="c", task_id="default/t", type="noop", input=bad, reply_to=CLIENT), HOME)
+    assert (world.reply("c").accepted, world.reply("c").field) == (False, "input")
+
+
+def test_what_looks_like_a_reference_in_json_is_a_value() -> None:
+    world = World()
+    worker = ScriptedWorker(world).start()
+    world.json(HOME, command="SubmitTask", type="noop", input=large().decode())
+    grant = worker.grant()
+    assert (json.loads(grant.input or b""), grant.input_ref) == (large().decode(), None)
 
 
 def test_a_command_that_names_itself_and_no_task_is_one_task_however_often_it_is_sent() -> None:
