@@ -20,7 +20,8 @@ from typing import Annotated, Any, TypeVar, dataclass_transform, get_args, get_o
 
 @dataclass(frozen=True)
 class JsonText:
-    """Marks `bytes` that hold canonical JSON text (Avro property `perdure: json`)."""
+    """Marks `bytes` that hold canonical JSON text (Avro property `perdure: json`), or a reference to one that is too
+    large for a record (`perdure.schemas.references`)."""
 
 
 Json = Annotated[bytes, JsonText()]
