@@ -68,15 +68,20 @@ class LocalEngine:
 
     def step(self) -> bool:
         """Read and execute one round of records, or see to duties; False if there was nothing to do."""
+        worked = [self.step_partition(partition) for partition in self.shards]
+        return any(worked)
+
+    def step_partition(self, partition: int, still_mine: Callable[[], bool] = lambda: True) -> bool:
+        """Do what `step` does, for one partition; the others stand still. `still_mine`: see `Shard.run_batch`."""
         self._config.refresh()
+        others = [(topics.COMMANDS.name, p) for p in self.shards if p != partition]
+        self._member.pause(others)
         records = self._member.read(self._batch, 0)
-        for partition, shard in self.shards.items():
-            mine = [r for r in records if r.partition == partition]
-            if mine:
-                shard.run_batch(mine)
-                self.duties[partition].after_commit(self._clock())
-            else:
-                self.duties[partition].perform(self._clock())
+        self._member.resume(others)
+        if not records:
+            self.duties[partition].perform(self._clock())
+        elif self.shards[partition].run_batch(records, still_mine):
+            self.duties[partition].after_commit(self._clock())
         return bool(records)
 
     def pump(self, rounds: int = 10_000) -> None:

@@ -94,9 +94,16 @@ class HistoryStore(MemoryStore):
 class World:
     """A namespace: its log, its engine (all partitions), and what clients and hosts do to it."""
 
-    def __init__(self, partitions: int = 2, *, batch: int = 100, types: Mapping[str, Any] | None = None) -> None:
+    def __init__(
+        self,
+        partitions: int = 2,
+        *,
+        batch: int = 100,
+        types: Mapping[str, Any] | None = None,
+        log: type[FaultyLog] = FaultyLog,
+    ) -> None:
         self.now, self.skew, self._batch = T0, 0, batch
-        self.log = FaultyLog(lambda: self.now + self.skew, partitions, lambda: self.now)
+        self.log = log(lambda: self.now + self.skew, partitions, lambda: self.now)
         self.partitions = partitions
         self.producer = self.log.producer()
         self.stores: dict[int, Store] = {p: HistoryStore() for p in range(partitions)}
