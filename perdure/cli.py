@@ -34,6 +34,7 @@ _COMMANDS = {
     "dlq": "cli_dlq",
     "workers": "cli_lists",
     "queues": "cli_lists",
+    "audit": "cli_audit",
     "rebuild": "cli_rebuild",
     "upgrade": "cli_upgrade",
     "asof": "cli_asof",

@@ -142,7 +142,7 @@ def test_folders_are_imported_by_their_one_name(file: Path) -> None:
 @pytest.mark.parametrize(
     ("library", "places"),
     [
-        ("fastavro", {"schemas/codec.py"}),
+        ("fastavro", {"schemas/codec.py", "projections/audit_records.py"}),
         ("rocksdict", {"streams/store.py"}),
         ("sqlite3", {"projections/views.py", "projections/view_writer.py", "projections/api.py"}),
     ],
@@ -181,6 +181,19 @@ IMPURE = frozenset(
 IMPURE_NAMES = frozenset({"uuid1", "uuid4", "utcnow", "today", "urandom", "new_id", "new_local_id", "getenv"})
 IMPURE_BUILTINS = frozenset({"open", "print", "input", "hash", "id", "breakpoint"})
 """`hash` and `id` differ from process to process."""
+
+
+@pytest.mark.parametrize(
+    "file", [*ROOT.glob("projections/audit*.py"), ROOT / "perdure" / "audit_reader.py"], ids=name_of
+)
+def test_the_audit_shares_nothing_with_what_it_audits(file: Path) -> None:
+    """No decision, no fold and no codec of the engine: a defect there must not hide itself."""
+    constants = {"errors", "limits", "topics"}
+    schemas = {taken for module, taken in imports(file) if module == "perdure.schemas"}
+    schemas |= {module.rpartition(".")[2] for module in ours(file) if module.startswith("perdure.schemas.")}
+    assert schemas - {None} <= constants
+    rest = {module for module in ours(file) if not module.startswith(("perdure.schemas", "perdure.projections.audit"))}
+    assert not rest
 
 
 def test_the_core_is_where_this_test_looks() -> None:

@@ -27,10 +27,12 @@ from typing import Any, Self, TypeVar
 import psutil
 from confluent_kafka import Producer
 
+from perdure.audit_reader import AuditReader
 from perdure.cli_run import OWNER
 from perdure.client import Client
 from perdure.connectors.large_values import LargeValues
 from perdure.handle import Handle
+from perdure.projections.audit import Audit
 from perdure.schemas import codec, ids, topics
 from perdure.schemas.errors import DecodeError
 from perdure.schemas.public import WorkerMetrics
@@ -271,8 +273,9 @@ class Stack:
         return engine
 
     def check_store(self, engine: Process, host: str = "state") -> None:
-        """Stop the engine; what its stores hold then is what its changelog says (G5)."""
+        """Stop the engine; what its stores hold then is what its changelog says (G5), and the log holds G1 to G6."""
         assert engine.stop() == 0
+        self.audit()
         folder = self.folder / host / "partition" / "engine" / self.log.topic_id(topics.CHANGELOG.name)
         rows = self.changelog()
         for partition in range(self.log.partitions):
@@ -281,6 +284,15 @@ class Stack:
             held = {key: value for key, value in store.scan(b"") if not key.startswith(META)}
             store.close()
             assert held == rows[partition], f"store and changelog of partition {partition} differ"
+
+    def audit(self) -> Audit:
+        """What the auditor finds in the topics: nothing."""
+        reader = AuditReader(self.bootstrap, self.prefix, {}, progress=lambda _: None)
+        for _ in range(2):
+            reader.round()
+        reader.close()
+        assert not reader.audit.violations, "\n".join(v.line() for v in reader.audit.violations[:20])
+        return reader.audit
 
     def changelog(self) -> dict[int, dict[bytes, bytes]]:
         """The engine's state, as the changelog has it: partition -> key -> row."""
