@@ -228,10 +228,10 @@ class _TaskFold:
             self._move("PENDING")
         row["reason"] = e["reason"]
         if e["due"] is not None:
-            self._arm("due", e["due"])
+            self._arm(keys.NOT_BEFORE if e["reason"] == "delayed" else "due", e["due"])
             row["due"] = e["due"]
             return
-        self._disarm("due")
+        self._disarm("due", keys.NOT_BEFORE)
         used = row["queue_used"] if resumed else 0
         timeout = self._policy("queue_timeout")
         if timeout is not None:
@@ -288,7 +288,7 @@ class _TaskFold:
             case "TaskPaused":
                 self._leave_queue()
                 self._end_grant()
-                self._disarm("due")
+                self._disarm("due", keys.NOT_BEFORE)
                 self._move("PAUSED", "shutdown" if e["why"] == "shutdown" else "")
                 row["due"] = e["due"]
             case "AttemptLost":
@@ -369,8 +369,7 @@ class _TaskFold:
         if not row["session"]:
             return
         ran = max(0, self.fold.now(self.e) - row["clock_since"]) if row["started"] else 0
-        self._disarm("run")
-        self._disarm("start")
+        self._disarm("run", "start")
         row |= {"session": "", "started": False, "run_used": row["run_used"] + ran, "ran": row["ran"] + ran}
         if self.e.get("usage") is not None:
             row["usage"] = self.e["usage"]
@@ -378,8 +377,8 @@ class _TaskFold:
     def _arm(self, kind: str, due: int) -> None:
         self.row["timers"] = self.row["timers"] | {kind: due}
 
-    def _disarm(self, kind: str) -> None:
-        self.row["timers"] = {k: due for k, due in self.row["timers"].items() if k != kind}
+    def _disarm(self, *kinds: str) -> None:
+        self.row["timers"] = {k: due for k, due in self.row["timers"].items() if k not in kinds}
 
     def _arm_total(self) -> None:
         total = self._policy("total_timeout")

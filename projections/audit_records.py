@@ -107,11 +107,15 @@ def digest(row: Any) -> bytes:
 # Keys of rows --------------------------------------------------------------------------------------------------------
 # A text ends with NUL and holds none: 00 is written as 01 01, and 01 as 01 02. Numbers are 8 bytes, big-endian.
 
-TASK, TIMER, READY, HELD, LEASE = b"t", b"d", b"q", b"h", b"g"
+TASK, TIMER, START, READY, HELD, LEASE = b"t", b"d", b"e", b"q", b"h", b"g"
 CONFIG, COUNTER, CLOCK, OUTBOX, IDEMPOTENCY, UNBOUND = b"c", b"n", b"k", b"o", b"K", b"u"
 SESSION, MARK, POSITION = b"S", b"m", b"z"
 SPEC, STATE, RESULT, ANSWER, STEP, BEGUN = b"c", b"s", b"r", b"a", b"p", b"b"
-WAKING = frozenset({TIMER, READY, HELD, LEASE})
+TIMERS = frozenset({TIMER, START})
+"""Due times in partition time, and start times that were given, in wall time."""
+NOT_BEFORE = "not_before"
+"""Kind of the latter."""
+WAKING = TIMERS | {READY, HELD, LEASE}
 """Rows that bring a task on: due times, places in a queue, leases."""
 FOLDED = frozenset({TASK, CONFIG, COUNTER, CLOCK, OUTBOX, IDEMPOTENCY, UNBOUND})
 """Rows that are a fold of events. What follows from a task's own row is looked at with it (`WAKING`)."""
@@ -144,7 +148,8 @@ def task_of(key: bytes) -> tuple[str, bytes]:
 
 def timer_key(due: int, kind: str, task_id: str) -> bytes:
     """Key of a timer's row."""
-    return TIMER + number(max(due, 0)) + text(kind) + text(task_id)
+    scope = START if kind == NOT_BEFORE else TIMER
+    return scope + number(max(due, 0)) + text(kind) + text(task_id)
 
 
 def timer_of(key: bytes) -> tuple[str, str]:

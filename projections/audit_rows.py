@@ -175,13 +175,13 @@ class Rows:
                 yield from (task_id for lease, task_id in self._owner.items() if lease.startswith(scope))
 
     def _take_in_waking(self, key: bytes, row: Row) -> Iterator[str]:
-        before = keys.timer_of(key)[1] if key[:1] == keys.TIMER else self._owner.pop(key, None)
+        before = keys.timer_of(key)[1] if key[:1] in keys.TIMERS else self._owner.pop(key, None)
         if before is not None:
             self._waking[before].discard(key)
             yield before
         if row is not None:
             self._waking[row["task_id"]].add(key)
-            if key[:1] != keys.TIMER:
+            if key[:1] not in keys.TIMERS:
                 self._owner[key] = row["task_id"]
             yield row["task_id"]
 
@@ -223,7 +223,7 @@ class Rows:
         """Why the task would never go on by itself; None if it will."""
         if missing:
             return f"the row {missing[0]!r:.120}, which the task names, is not there"
-        if standing.state == "PENDING" and not standing.ready and "due" not in standing.timers:
+        if standing.state == "PENDING" and not standing.ready and not standing.timers.keys() & {"due", keys.NOT_BEFORE}:
             return "it is PENDING without a place in the queue or a due time"
         if standing.state == "RUNNING":
             session = standing.session.encode()

@@ -117,7 +117,7 @@ class History:
     def named(self, kind: str, task_id: str) -> Record:
         """The newest record of a task's timer."""
         due = codec.decode(self.row(tables.task(task_id) + tables.STATE).value or b"").timers[kind]
-        return self.row(tables.TIMERS + tables.timer(due, kind, task_id))
+        return self.row(tables.timers(kind) + tables.timer(due, kind, task_id))
 
     def drop(self, record: Record) -> None:
         self.records.remove(record)
@@ -398,7 +398,7 @@ def a_row_that_no_event_made(h: History) -> None:
 
 @breaks("next-wake-up")
 def a_due_time_is_lost(h: History) -> None:
-    h.add(h.named("due", WAITS), value=None)
+    h.add(h.named("not_before", WAITS), value=None)
 
 
 @breaks("next-wake-up")
