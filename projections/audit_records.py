@@ -8,8 +8,8 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from importlib.resources import files
 from typing import Any, Protocol
 
@@ -49,15 +49,12 @@ class Decoder:
     """Reads values by the schemas that the package ships and those that `learn` is given."""
 
     def __init__(self) -> None:
-        self._schemas: dict[bytes, Any] = {}
-        for file in _schema_files():
-            self.learn(file)
+        self._schemas = dict(_shipped())
 
     def learn(self, text: str) -> None:
-        """Take in a schema, as JSON text: one of the package's files, or one that `config` publishes."""
-        schema = json.loads(text)
-        identity = bytes.fromhex(fingerprint(to_parsing_canonical_form(schema), "CRC-64-AVRO"))
-        self._schemas[identity] = parse_schema(schema)
+        """Take in a schema that `config` publishes, as JSON text."""
+        identity, schema = _parsed(text)
+        self._schemas.setdefault(identity, schema)
 
     def read(self, value: bytes) -> Told:
         """What a value holds. Raises `Unreadable`. Records of several kinds in one list come as (name, fields)."""
@@ -86,10 +83,17 @@ class Decoder:
         return Told(f"commands.{content.pop('command', '')}", content)
 
 
-def _schema_files() -> Iterator[str]:
-    for group in (files("perdure.schemas") / "avro").iterdir():
-        if group.is_dir():
-            yield from (file.read_text() for file in group.iterdir() if file.name.endswith(".avsc"))
+@cache
+def _shipped() -> dict[bytes, Any]:
+    """The schemas of the package by their fingerprints."""
+    groups = [group for group in (files("perdure.schemas") / "avro").iterdir() if group.is_dir()]
+    found = [file for group in groups for file in group.iterdir() if file.name.endswith(".avsc")]
+    return dict(_parsed(file.read_text()) for file in found)
+
+
+def _parsed(text: str) -> tuple[bytes, Any]:
+    schema = json.loads(text)
+    return bytes.fromhex(fingerprint(to_parsing_canonical_form(schema), "CRC-64-AVRO")), parse_schema(schema)
 
 
 def _is_usable(value: Any) -> bool:

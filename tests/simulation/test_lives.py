@@ -11,6 +11,7 @@ import os
 import pytest
 
 from perdure.schemas import events
+from tests.auditing import assert_sound
 from tests.simulation.lives import PLANS, Lives
 from tests.world import MINUTE
 
@@ -30,6 +31,7 @@ def test_every_task_ends_as_it_must(seed: int) -> None:
     assert not still_open, f"seed {seed}: {still_open}"
     check_ends(lives)
     lives.held.check_replay(seed)
+    assert_sound(lives.world.log)
 
 
 def check_ends(lives: Lives) -> None:

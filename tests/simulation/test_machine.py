@@ -17,6 +17,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from perdure.schemas import commands, ids, inbox
 from perdure.schemas.codec import encode, replace
 from perdure.schemas.signing import signed
+from tests.auditing import assert_sound
 from tests.simulation.invariants import Invariants
 from tests.world import (
     CLIENT,
@@ -356,6 +357,8 @@ class EngineMachine(RuleBasedStateMachine):
             late = self.world.of_engine(partition).next_tick()
             assert late is None or late > self.world.now - SECOND, "nothing is overdue once clocks agree"
         self.held.check_replay(random.Random(1))
+        self.held.check_replay(seed=1)
+        assert_sound(self.world.log)
 
 
 EngineMachine.TestCase.settings = settings(max_examples=EXAMPLES, stateful_step_count=50, deadline=None)

@@ -19,6 +19,7 @@ from perdure.context import AsyncContext, Context
 from perdure.schemas import codec
 from perdure.tasks import Registry, Retry, task
 from perdure.testing import START_MS, Kit, KitHandle
+from tests.auditing import assert_sound
 
 HOURS = 30
 ITEM_S = 24
@@ -229,6 +230,7 @@ def elapsed_s(kit: Kit) -> float:
 def check(kit: Kit) -> None:
     """What has to hold at the end of every run."""
     assert kit.log.records("quarantine") == []
+    assert_sound(kit.log)
     found = [codec.decode(r.value or b"") for r in kit.log.records("task-events")]
     assert not [
         e for e in found if type(e).__name__ == "ReportRejected" and e.why not in ("stale_session", "stale_epoch")
