@@ -114,8 +114,8 @@ no form for is an object in it with two keys, `$perdure` (the kind) and `value`:
 list), and `object` (a list of pairs: an object that had a key `$perdure` of its own).
 
 A `json` field holds JSON text. In the place of an `input` or `result` whose text is too large for a record it holds a
-reference: `@` and an object with the size of the text in bytes, its SHA-256, how it begins (`preview`), and the `day` on
-which it was written to the store of large values. No JSON text begins with `@`.
+reference: `@` and an object with the size of the text in bytes, its SHA-256, how it begins (`preview`), and the `day`
+on which it was written to the store of large values. No JSON text begins with `@`.
 
 ## Writing commands as JSON
 

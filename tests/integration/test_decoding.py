@@ -10,7 +10,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
+from perdure.cli import main
 from perdure.schemas import topics
 from tests.integration.stack import Stack, stack_on, until
 from tools.write_docs import READER
@@ -97,6 +99,18 @@ def test_a_program_with_fastavro_and_the_schema_files_reads_everything(stack: St
         "Quarantined",
     } <= kinds
     assert {"inside: perdure.commands.SubmitTask", "inside: perdure.commands.PauseTask"} <= kinds
+    _audit(stack)
+
+
+def _audit(stack: Stack) -> None:
+    """The command line's audit of the running namespace."""
+    flags = ["audit", "--json", "--bootstrap", stack.bootstrap, "--namespace", stack.prefix]
+    done = CliRunner().invoke(main, flags)
+    answer = json.loads(done.stdout)
+    assert (done.exit_code, answer["violations"], answer["clean"]) == (0, [], True)
+    assert set(answer["rules"].values()) == {0}
+    assert answer["read"]["tasks"] >= 5
+    assert answer["read"]["partial"] == 0
 
 
 def _live_a_little(stack: Stack) -> None:

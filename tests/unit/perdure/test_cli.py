@@ -55,7 +55,7 @@ def test_the_commands_that_are_promised() -> None:
     promised = (
         "dev engine worker server kafka keys submit status list watch wait history why pause resume cancel retry logs"
     )
-    promised += " dlq workers queues"
+    promised += " dlq workers queues audit"
     assert set(promised.split()) <= {path[0] for path in ALL}
     assert {("dlq", n) for n in ("list", "show", "retry", "discard")} | {("dev", "stop")} <= ALL.keys()
 

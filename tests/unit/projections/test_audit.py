@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -461,6 +462,15 @@ def test_every_rule_is_broken_above() -> None:
 
 def test_the_guarantees_are_all_proved() -> None:
     assert {rule.guarantee for rule in RULES} == {f"G{n}" for n in range(1, 7)}
+
+
+def test_the_page_of_guarantees_has_every_rule() -> None:
+    page = (Path(__file__).parents[3] / "docs" / "guarantees.md").read_text()
+    rows = [f"| `{rule.name}` | {rule.guarantee} | {rule.says} |" for rule in RULES]
+    assert "\n".join(rows) in page
+    for guarantee in {rule.guarantee for rule in RULES}:
+        names = ", ".join(f"`{rule.name}`" for rule in RULES if rule.guarantee == guarantee)
+        assert f"by the audit: {names} |" in next(x for x in page.splitlines() if x.startswith(f"| {guarantee} |"))
 
 
 def test_the_auditors_table_of_transitions_is_the_contracts() -> None:
