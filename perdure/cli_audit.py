@@ -52,11 +52,10 @@ def audit(session: Session, follow: bool, rules: bool) -> int:
 
 
 def _tell_rules(session: Session) -> None:
-    from perdure.cli_text import table
     from perdure.projections.audit_rules import RULES
 
     found = [{"rule": r.name, "guarantee": r.guarantee, "says": r.says} for r in RULES]
-    session.answer(found, table({"items": found}, ("rule", "guarantee", "says")))
+    session.answer(found, "\n".join(f"{r.guarantee}  {r.name:<20}{r.says}" for r in RULES))
 
 
 def _tell(session: Session, reader: AuditReader) -> None:
