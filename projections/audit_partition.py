@@ -62,6 +62,7 @@ class Partition:
         self._seq: int | None = 0 if self.fold.whole else None
         self._last_cause = -1
         self._last_quarantined = -1
+        self._told_of_start = False
         self._first_reply: int | None = None
         """Log time of the first reply that is kept."""
 
@@ -313,9 +314,18 @@ class Partition:
 
     def check(self) -> None:
         """Everything below the changelog's position was fed: settle it, and compare the rows with it."""
+        self._check_start()
         self.settle()
         self._check_replies()
         self.rows.check(self.fold, self.tasks)
+
+    def _check_start(self) -> None:
+        """Nothing was deleted before it was executed."""
+        start, position = self._starts.get(COMMANDS, 0), self.rows.position or 0
+        if position < start and not self._told_of_start:
+            text = f"the records from {position} on were deleted before they were executed"
+            self._report("input-accounted", COMMANDS, start, text)
+            self._told_of_start = True
 
     @property
     def unknown_tasks(self) -> set[str]:

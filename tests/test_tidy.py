@@ -57,8 +57,9 @@ SHELL = frozenset(
 """Modules of streams that touch the world: the log, the disk, threads, the clock."""
 CORE = frozenset(file.stem for file in (ROOT / "streams").glob("*.py")) - SHELL - {"__init__"}
 """All others decide: functions of state, input and log time, and nothing else. A new module is one of them."""
+AUDIT = frozenset(file.stem for file in (ROOT / "projections").glob("audit*.py"))
 PURE = tuple(f"streams/{name}.py" for name in sorted(CORE | {"engine"})) + tuple(
-    f"projections/{name}.py" for name in ("progress", "dead_letters", "history", "inputs")
+    f"projections/{name}.py" for name in ("progress", "dead_letters", "history", "inputs", *sorted(AUDIT))
 )
 """Modules that have to give the same result wherever and whenever they run."""
 INTERFACES = {"perdure.streams.store": {"Store"}, "perdure.streams.log": {"Record"}}

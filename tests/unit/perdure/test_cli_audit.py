@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from perdure import audit_reader, cli
+from perdure import audit_reader, cli, cli_audit
 from perdure.projections.audit import Audit
 from perdure.projections.audit_rules import RULES
 from tests.unit.projections.test_audit import History, a_step_is_recorded_twice, life
@@ -62,6 +62,31 @@ def test_violations_are_named_and_counted(monkeypatch: pytest.MonkeyPatch) -> No
     text = run()
     assert text.exit_code == 1
     assert text.stdout.startswith(f"step-once: task-events/{violation['partition']} offset {violation['offset']}: ")
+
+
+@pytest.mark.parametrize("flags", [(), ("--json",)])
+def test_following_tells_each_violation_once_until_it_is_interrupted(
+    monkeypatch: pytest.MonkeyPatch, flags: tuple[str, ...]
+) -> None:
+    monkeypatch.setattr(Reader, "spoiled", True)
+    monkeypatch.setattr(cli_audit, "_PAUSE_S", 0)
+    rounds = iter(range(3))
+    once = Reader.round
+
+    def read_on(self: Reader) -> None:
+        n = next(rounds)
+        if n == 0:
+            once(self)
+        elif n == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Reader, "round", read_on)
+    done = run("--follow", *flags)
+    assert done.exit_code == 1
+    (line,) = done.stdout.splitlines()
+    assert "step-once" in line
+    assert (json.loads(line)["rule"] == "step-once") if flags else line.startswith("step-once")
+    assert "1 violations" in done.stderr
 
 
 def test_the_rules_are_told() -> None:

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import io
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from fastavro import schemaless_writer
+from fastavro.schema import fingerprint, to_parsing_canonical_form
 
 from perdure.projections.audit import TOPICS, Audit
 from perdure.projections.audit_rules import RULES, SILENT, TRANSITIONS
 from perdure.schemas import codec, commands, events, reports, rows, topics
-from perdure.schemas.public import Quarantined
+from perdure.schemas.public import ConfigRecord, Quarantined
 from perdure.schemas.signing import signed
 from perdure.streams import tables
 from perdure.streams.log import Record
@@ -35,6 +39,7 @@ from tests.world import (
 
 TYPES: dict[str, dict[str, Any]] = {"noop": {"run_timeout": MINUTE, "retry": {"max_attempts": 2, "delay": SECOND}}}
 COMMANDS, EVENTS, CHANGELOG = topics.COMMANDS.name, topics.EVENTS.name, topics.CHANGELOG.name
+AVRO = Path(__file__).parents[3] / "schemas" / "avro"
 DONE, RUNS, WAITS = "default/done", "default/runs", "default/waits"
 
 
@@ -505,6 +510,33 @@ def test_what_was_deleted_is_not_held_against_the_rest(world: World) -> None:
     audit.check()
     assert not audit.violations
     assert audit.summary()["read"]["partial"] == 1
+
+
+def test_what_was_deleted_before_it_was_executed_is_found(history: History) -> None:
+    end = read(history.row(tables.POSITION)).offset
+    audit = Audit({(COMMANDS, history.partition): end + 3})
+    audit.feed(r for r in history.records if r.topic != COMMANDS or r.partition != history.partition)
+    audit.check()
+    audit.check()
+    assert [(v.rule, v.offset) for v in audit.violations] == [("input-accounted", end + 3)]
+
+
+@pytest.mark.parametrize("published", [True, False])
+def test_another_builds_records_are_read_by_the_schemas_that_it_publishes(history: History, published: bool) -> None:
+    schema = json.loads((AVRO / "events" / "TaskQueued.avsc").read_text())
+    schema["fields"].append({"name": "mood", "type": "string", "default": ""})
+    identity = fingerprint(to_parsing_canonical_form(schema), "CRC-64-AVRO")
+    record, body = history.event(events.TaskQueued), io.BytesIO()
+    queued = read(record).__dict__ | {"mood": "good"}
+    schemaless_writer(body, schema, queued | {"cause": queued["cause"].__dict__})
+    record.value = b"\xc3\x01" + bytes.fromhex(identity) + body.getvalue()
+    if published:
+        name = f"schema/{identity}"
+        told = codec.encode(ConfigRecord(name=name, content=json.dumps(schema).encode()))
+        history.records.insert(0, Record("config", 0, 99, 0, name.encode(), told))
+    audit = history.audit()
+    assert ("readable" in audit.counts) == (not published)
+    assert published == (not audit.violations)
 
 
 def test_a_fault_after_the_beginning_of_a_shortened_log_is_found(history: History) -> None:
