@@ -287,9 +287,9 @@ class Lives:
             count += 1
             if count % 20 == 0:
                 self._pass(self.world.now)
-                self.held.check()
+                self.held.check_all()
         self._pass(until)
-        self.held.check()
+        self.held.check_all()
 
     def _pass(self, moment: int) -> None:
         """Time passes; the engine runs unless it is down."""

@@ -7,6 +7,7 @@ PERDURE_SEEDS=1000:2000 pytest tests/simulation/test_lives.py
 from __future__ import annotations
 
 import os
+import random
 
 import pytest
 
@@ -30,7 +31,7 @@ def test_every_task_ends_as_it_must(seed: int) -> None:
             break
     assert not still_open, f"seed {seed}: {still_open}"
     check_ends(lives)
-    lives.held.check_replay(seed)
+    lives.held.check_replay(random.Random(seed))
     assert_sound(lives.world.log)
 
 

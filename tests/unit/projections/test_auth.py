@@ -30,7 +30,7 @@ METHODS = ["GET", "HEAD", "OPTIONS", "POST", "PUT", "PATCH", "DELETE", "TRACE", 
 def addresses() -> list[str]:
     """Every route with an id filled in, and some that are none."""
     nothing = Views(Path("none"))
-    api = _Api(nothing, lambda c: c, dict, lambda: 0)
+    api = _Api(nothing, lambda c: c, lambda _, carried: carried, dict, lambda: 0)
     known = {"/api/v1" + route.path.replace("{id}", "etl%2F1") for route in api.routes()} | {"/health"}
     odd = ["/", "/nothing", "/api/v1", "/api/v1/", "/api/v1/tasks/", "//api/v1/tasks", "/api/v1/%74asks",
            "/api/v1/../tasks", "/%2e%2e/health", "/health/", "/api/v2/tasks", "/static/x.js", "*"]  # fmt: skip
