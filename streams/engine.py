@@ -7,6 +7,7 @@ cause; the next one is not concerned.
 
 from __future__ import annotations
 
+import re
 import traceback
 from collections.abc import Callable
 from typing import Any
@@ -44,6 +45,7 @@ from perdure.streams.state import State
 from perdure.streams.store import Store
 
 GRANTS_AT_ONCE = 100
+_ADDRESS = re.compile(" at 0x[0-9a-f]+")
 _SIGNED_BY_WORKER = (ReportBatch, commands.WorkerStarted, commands.WorkerBeat, commands.WorkerStopping)
 _SIGNED_BY_ENGINE = (commands.ApplyConfig, commands.Forwarded, commands.ForwardedAck)
 
@@ -234,6 +236,7 @@ class Engine:
 
     def _quarantine(self, record: Record, cause: str, detail: str, *, keep: bool = True) -> None:
         data = record.value or b""
+        detail = _ADDRESS.sub("", detail)  # of an object in this process: a replay has to say the same
         self._emit(
             topics.QUARANTINE.name,
             None,

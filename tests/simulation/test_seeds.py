@@ -19,7 +19,9 @@ from tests.simulation.workers import PLANS
 
 _FIRST, _, _LAST = os.environ.get("PERDURE_SEEDS", "0:2000").partition(":")
 _TOGETHER = 25
-REGRESSIONS: dict[int, str] = {}
+REGRESSIONS: dict[int, str] = {
+    201248: "the quarantine named an object's address, so a replay differed",
+}
 """Seed -> what it found. A change of the simulator makes another life of it: what matters has a test of its own too."""
 
 

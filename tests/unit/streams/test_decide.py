@@ -10,7 +10,7 @@ import pytest
 
 from perdure.schemas import codec, commands, events, ids, inbox, limits, reports, topics
 from perdure.schemas.codec import encode, replace
-from perdure.schemas.common import Usage
+from perdure.schemas.common import Policy, Retry, Usage
 from perdure.schemas.rows import Mark
 from perdure.schemas.signing import signed
 from perdure.streams import attempts, decide, submit, tables, task_lifecycle, timers
@@ -328,3 +328,18 @@ def test_replies_go_to_who_asked_and_to_nobody_else() -> None:
     world.json(HOME, command="DescribeTask", task_id="default/t")
     world.json(HOME, command="CancelTask", task_id="default/t")
     assert not world.all(topics.REPLIES)
+
+
+def test_what_is_quarantined_says_the_same_in_every_process() -> None:
+    """G5: no address of an object is in it, wherever a record is cut."""
+    world, worker = World(1), ScriptedWorker(World(1))
+    grant = inbox.RunAttempt(
+        worker_id="w", session="s", grant=1, task_id="default/t", type="noop", input=b"1", policy=Policy(retry=Retry()),
+        attempt=1, epoch=1,
+    )  # fmt: skip
+    data = worker.batch(grant, completed())
+    for cut in range(1, len(data)):
+        world.append(data[:cut], 0)
+    world.pump()
+    assert len(world.quarantined()) == len(data) - 1
+    assert not [q.detail for q in world.quarantined() if " at 0x" in q.detail]
