@@ -254,7 +254,7 @@ class Invariants:
         if len(outages) == 1:
             since = max(since, outages[0] - limits.BEAT_MS)
         silence = happened - since
-        assert silence >= limits.LEASE_MS + limits.BEAT_MS - EARLY // 2, f"{e.task_id} is lost after {silence} ms"
+        assert silence >= limits.LEASE_MS + limits.BEAT_MS - SECOND, f"{e.task_id} is lost after {silence} ms"
 
     def _check_answer(self, seen: Seen, e: Any) -> None:
         """I7."""

@@ -392,7 +392,9 @@ class Simulator:
             worker.start()
 
     def _check_ends(self) -> None:
-        """Each task has ended as it had to."""
+        """Each task has ended as it had to, and no sound worker was told that it is not."""
+        odd = [e for e in self.world.of_kind(events.ReportRejected) if e.why == "illegal"]
+        assert not odd, f"sound reports were refused: {odd[:3]}"
         for task_id, plan in self.plans.items():
             name = task_id.partition("/")[2].partition("-")[0]
             steps = list(self.held.tasks[task_id].steps)

@@ -11,6 +11,7 @@ import os
 import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import CodeType
 from typing import Any
 
 import pytest
@@ -80,10 +81,10 @@ PROTECTIONS = {
     ),
     "a start time that may have passed is left to a tick": Protection(submit.submit, "s.clock.unconfirmed", "False"),
     "what the store lacks is read from the changelog": Protection(
-        Shard._begin_restore, "max(begin, first)", "self._target"
+        Shard._begin_restore, "(self.kind.changelog, self.partition): begin}", "(self.kind.changelog, self.partition): self._target}"
     ),
     "an aborted transaction drops the overlay": Protection(
-        Shard.run_batch, "self.processor.rolled_back()\n                continue", "continue"
+        Shard.run_batch, "self.processor.rolled_back()\n            continue", "continue"
     ),
     "an unknown outcome is not taken for a commit": Protection(
         Shard.run_batch, "self._found_committed(records[-1], still_mine)", "(self._found_committed(records[-1], still_mine), 1)"
@@ -95,19 +96,14 @@ PROTECTIONS = {
 
 
 def switch_off(monkeypatch: pytest.MonkeyPatch, protection: Protection) -> None:
-    """Change the function wherever it is called from."""
-    source = textwrap.dedent(inspect.getsource(protection.function))
-    text = textwrap.dedent(protection.text)
-    lines = source.count(text)
-    if not lines:  # inside a class its lines lie deeper
-        text = text.replace("\n    ", "\n")
-        lines = source.count(text)
-    assert lines == 1, f"{protection.function.__qualname__} has no longer just one {protection.text!r}"
-    space: dict[str, Any] = {}
-    exec(compile("from __future__ import annotations\n" + source.replace(text, protection.without), "<without>", "exec"),
-         protection.function.__globals__ | {}, space)  # fmt: skip
-    changed = space[protection.function.__name__]
-    monkeypatch.setattr(protection.function, "__code__", changed.__code__)
+    """Change the function's code, so wherever it is called from."""
+    function = protection.function
+    source = textwrap.dedent(inspect.getsource(function))
+    assert source.count(protection.text) == 1, f"{function.__qualname__} has no longer just one {protection.text!r}"
+    module = compile(
+        source.replace(protection.text, protection.without), "<without>", "exec", annotations.compiler_flag
+    )
+    monkeypatch.setattr(function, "__code__", next(c for c in module.co_consts if isinstance(c, CodeType)))
 
 
 def found_by(seeds: list[int]) -> tuple[int, str] | None:
