@@ -78,14 +78,6 @@ class Telemetry:
 
 
 @dataclass(frozen=True, slots=True)
-class Send:
-    """The outbox has a new row for `target`: append it there after the commit."""
-
-    target: int
-    number: int
-
-
-@dataclass(frozen=True, slots=True)
 class Acknowledge:
     """Tell `source` after the commit which of its records are taken."""
 
@@ -101,7 +93,7 @@ class Quarantine:
     detail: str
 
 
-Effect = Reply | ToWorker | Telemetry | Send | Acknowledge | Quarantine
+Effect = Reply | ToWorker | Telemetry | Acknowledge | Quarantine
 Output = Event | Note | Effect
 Outputs = Iterator[Output]
 

@@ -16,7 +16,6 @@ from perdure.schemas.rows import Outbox
 from perdure.schemas.signing import Keys, signed
 from perdure.streams import tables, timers
 from perdure.streams.config_view import ConfigView
-from perdure.streams.decision import Acknowledge, Send
 from perdure.streams.engine import Engine
 from perdure.streams.log import Producer
 
@@ -30,6 +29,10 @@ class _Way:
 
     unsent: deque[int] = field(default_factory=deque)
     sent: deque[int] = field(default_factory=deque)
+    known: int = 0
+    """Number up to which the outbox was looked at. The state says what is new: what a transaction asks to be done after
+    it is lost when nobody hears that it was committed.
+    """
     since: int = 0
     """Host time, ms, of the last acknowledgement, or of the oldest sending after it."""
 
@@ -57,19 +60,17 @@ class Duties:
                 self._append(self._partition, signed(record, *self._keys.newest_engine()))
 
     def _find_unsent(self) -> None:
+        """Begin with what an earlier process has not seen acknowledged."""
         for target in range(self._engine.state.partitions):
-            numbers = [int.from_bytes(n, "big") for n in self._engine.state.suffixes(tables.outbox(target))]
-            self._ways[target].unsent.extend(numbers)
+            first = next(self._engine.state.suffixes(tables.outbox(target)), None)
+            newest = self._engine.state.counter(f"sent/{target}")
+            self._ways[target].known = newest if first is None else int.from_bytes(first, "big") - 1
 
     def after_commit(self, now: int) -> None:
         """Do what the committed records ask for."""
         acknowledgements: dict[int, int] = {}
         for step in self._engine.take_after():
-            match step:
-                case Send():
-                    self._ways[step.target].unsent.append(step.number)
-                case Acknowledge():
-                    acknowledgements[step.source] = max(step.up_to, acknowledgements.get(step.source, 0))
+            acknowledgements[step.source] = max(step.up_to, acknowledgements.get(step.source, 0))
         for source, up_to in acknowledgements.items():
             ack = ForwardedAck(source=source, target=self._partition, up_to=up_to)
             self._append(source, signed(ack, *self._keys.newest_engine()))
@@ -123,6 +124,9 @@ class Duties:
     def _send_outbox(self, now: int) -> None:
         """Send what is new, and all again when nothing was acknowledged for a while: they are taken in order only."""
         for target, way in self._ways.items():
+            newest = self._engine.state.counter(f"sent/{target}")
+            way.unsent.extend(range(way.known + 1, newest + 1))
+            way.known = newest
             while way.sent and self._in_outbox(target, way.sent[0]) is None:
                 way.sent.popleft()
                 way.since = now

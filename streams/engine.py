@@ -33,7 +33,6 @@ from perdure.streams.decision import (
     Outputs,
     Quarantine,
     Reply,
-    Send,
     Telemetry,
     ToWorker,
     feature_level,
@@ -57,7 +56,7 @@ class Engine:
         self.state = State(store, partition, partitions)
         self._keys = keys
         self._out: list[Out] = []
-        self._after: list[Send | Acknowledge] = []
+        self._after: list[Acknowledge] = []
         self._careful = False
         self._refuse_newer()
 
@@ -193,7 +192,7 @@ class Engine:
                     self._emit(topics.TELEMETRY.name, output.record.task_id, output.record)
                 case Reply():
                     self._emit(topics.REPLIES.name, output.reply.client_id, output.reply)
-                case Send() | Acknowledge():
+                case Acknowledge():
                     self._after.append(output)
                 case Quarantine():
                     self._quarantine(record, output.cause, output.detail)
@@ -254,7 +253,7 @@ class Engine:
         out, self._out = self._out, []
         return out
 
-    def take_after(self) -> list[Send | Acknowledge]:
+    def take_after(self) -> list[Acknowledge]:
         """What is to be done once the transaction is committed."""
         after, self._after = self._after, []
         return after

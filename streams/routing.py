@@ -15,7 +15,7 @@ from perdure.schemas.commands import AwaitTask, Control, DescribeTask, Forwarded
 from perdure.schemas.errors import InvalidRequest
 from perdure.schemas.rows import Mark
 from perdure.streams import tables
-from perdure.streams.decision import Acknowledge, Moment, Note, Outputs, Send, of_partition
+from perdure.streams.decision import Acknowledge, Moment, Note, Outputs, of_partition
 from perdure.streams.state import State
 
 CLEARING = b"clearing/"
@@ -113,7 +113,6 @@ def forward(s: State, m: Moment, target: int, record: bytes) -> Outputs:
     """Put a record into the outbox for another partition."""
     number = s.counter(f"sent/{target}") + 1
     yield events.ForwardQueued(**of_partition(s, m), target=target, number=number, record=record)
-    yield Send(target, number)
 
 
 def look_up(s: State, m: Moment, command: ForOneTask, left: list[int]) -> Outputs:

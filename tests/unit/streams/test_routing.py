@@ -130,6 +130,18 @@ def test_a_forwarded_record_that_is_lost_is_sent_again() -> None:
     assert not outbox(world, AWAY, HOME)
 
 
+@pytest.mark.parametrize("fault", ["aborted", "unknown, lost", "unknown, committed"])
+def test_what_is_to_be_forwarded_is_sent_however_its_transaction_ended(fault: str) -> None:
+    """Also when nobody heard that it was committed, and nothing follows it."""
+    world = World()
+    world.append(b'{"command":"SubmitTask","type":"noop","task_id":"t"}', AWAY)
+    world.fault(fault)
+    world.pump()
+    world.advance(SECOND)
+    assert submitted(world) == ["default/t"]
+    assert not outbox(world, AWAY, HOME)
+
+
 def test_a_lost_acknowledgement_is_given_again_when_the_record_is_sent_again() -> None:
     world = World()
     world.append(b'{"command":"SubmitTask","type":"noop","task_id":"t"}', AWAY)
