@@ -42,7 +42,7 @@ def _twin(sim: Simulator) -> None:
 def _outage(sim: Simulator) -> None:
     """The broker is away; nobody's records arrive, and workers may find it again later than hosts."""
     away = sim.draw.choice((SECOND, 5 * SECOND, 15 * SECOND))
-    sim.silent_until = sim.now + away
+    sim.silent_until = max(sim.silent_until, sim.now + away)
     for worker in sim.workers:
         worker.hush(away + sim.draw.choice((0, 4_000, 8_000)))
     if sim.silent_until - sim.now > limits.LEASE_MS + limits.BEAT_MS:

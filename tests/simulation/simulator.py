@@ -76,9 +76,11 @@ class Host:
 
     def at(self, point: str) -> str:
         sim = self.sim
+        if point == "send" and sim.has("late appends"):
+            return sim.draw.choice(("lost", "never acknowledged", *[""] * 10))
         if sim.healed or sim.draw.random() >= sim.rate:
             return ""
-        fault = sim.draw.choice(("crash", "crash", "take over", "aborted", "unknown", "lost", "never acknowledged"))
+        fault = sim.draw.choice(("crash", "crash", "take over", "aborted", "unknown"))
         if fault == "crash" and sim.has("crash"):
             raise Crash
         if fault == "take over" and self.current and sim.has("take over"):

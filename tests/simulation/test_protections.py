@@ -103,7 +103,8 @@ def switch_off(monkeypatch: pytest.MonkeyPatch, protection: Protection) -> None:
     module = compile(
         source.replace(protection.text, protection.without), "<without>", "exec", annotations.compiler_flag
     )
-    monkeypatch.setattr(function, "__code__", next(c for c in module.co_consts if isinstance(c, CodeType)))
+    found = (c for c in module.co_consts if isinstance(c, CodeType) and c.co_name == function.__name__)
+    monkeypatch.setattr(function, "__code__", next(found))
 
 
 def found_by(seeds: list[int]) -> tuple[int, str] | None:

@@ -94,7 +94,7 @@ class Attempt:
         for report in said:
             self.seq += 1
             numbered.append(replace(report, seq=self.seq))
-        if self.sim.has("lost report") and self.sim.draw.random() < 0.02:
+        if self.sim.has("lost report") and self.sim.draw.random() < 0.05:
             self.session.later(3 * SECOND, lambda: self.end(crashed(innocent=True)))
             return
         entry = reports.ReportEntry(
