@@ -9,6 +9,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from queue import Empty, SimpleQueue
 from typing import Any
 
@@ -222,9 +223,10 @@ class KafkaTransactional:
         self._suspect = self._link.lost or time.monotonic() - began >= _SLOW_COMMIT_S
 
     def close(self) -> None:
-        if self._fenced is None:
+        # A call that was given up may end now, and may have been fenced: that is said here, and concerns nobody.
+        with suppress(KafkaException):
             self._producer.purge()
-            self._call("close", lambda: self._producer.flush(0.5))
+            self._producer.flush(0.5)
 
     def _call(self, doing: str, call: Callable[[], Any]) -> None:
         """Call, and again while the error is retriable. Raises ours; once fenced, always fenced."""
