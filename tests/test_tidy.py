@@ -410,8 +410,22 @@ def test_the_installation_by_compose_is_closed_and_has_the_kafka_that_is_tested(
     lock = json.loads((ROOT / "connectors" / "kafka_jars.lock.json").read_text())
     assert re.findall(r"image: apache/kafka:(\S+)", text) == [lock["kafka"]]
     ports = [port for listed in re.findall(r"ports: \[(.*)\]", text) for port in listed.split(",")]
-    assert text.count("ports:") == len(ports) == 2
+    assert text.count("ports:") == len(ports) == 4
     assert all(port.strip().startswith('"127.0.0.1:') for port in ports)
+
+
+def test_the_installation_by_compose_loses_nothing_with_one_broker() -> None:
+    """Three copies of everything, two of them acknowledged: a copy too few is a loss, one too many a standstill."""
+    text = (ROOT / "docker-compose.yml").read_text()
+    copies = re.findall(r"(\w*REPLICATION_FACTOR): (\d)", text)
+    acknowledged = re.findall(r"(\w*(?:MIN_ISR|MIN_INSYNC_REPLICAS)): (\d)", text)
+    assert len(copies) == 4, "topics, offsets, transactions, share groups"
+    assert len(acknowledged) == 3, "the offsets' own follow that of topics"
+    assert {n for _, n in copies} == {"3"}
+    assert {n for _, n in acknowledged} == {"2"}
+    assert "replication=3" in text
+    brokers = re.findall(r"KAFKA_NODE_ID: (\d)", text)
+    assert brokers == re.findall(r"(\d)@kafka-\1:9093", text) == ["1", "2", "3"]
 
 
 # Packaging -----------------------------------------------------------------------------------------------------------
