@@ -8,6 +8,7 @@ from pathlib import Path
 
 from benchmarks import bare
 from benchmarks.engine import EngineBench
+from benchmarks.failover import FailoverBench
 from benchmarks.measure import Row, show
 from benchmarks.work import WorkBench
 from perdure.cli_dev import launch
@@ -35,6 +36,9 @@ def main() -> int:
             engine = EngineBench(stack.bootstrap, folder)
             rows += told(engine.rows(runs))
             engine.close()
+            failover = FailoverBench(stack.bootstrap, folder)
+            rows += told(failover.rows(runs))
+            failover.close()
         finally:
             stop_running(folder / "stack")
     show(rows, Path(__file__).parent / "results")
