@@ -135,6 +135,19 @@ def _serve(calls: SimpleQueue[Callable[[], Any] | None], ends: SimpleQueue[BaseE
         del call  # it holds the producer, which would keep the caller's end from coming
 
 
+def _plainly(call: Callable[[], Any]) -> None:
+    """Call. Raises `KafkaException` also where a fatal error and an acknowledgement came in one go.
+
+    The client library raises the first and calls back for the second all the same, which Python does not allow.
+    """
+    try:
+        call()
+    except SystemError as error:
+        if isinstance(error.__cause__, KafkaException):
+            raise error.__cause__ from error
+        raise
+
+
 class _Link:
     """Whether a producer has lost a connection, and with it requests that may still arrive. Stands in for its logger.
 
@@ -219,14 +232,14 @@ class KafkaTransactional:
         """Commit or abort, and find out whether the request was sent more than once."""
         began = time.monotonic()
         self._call(doing, call)
-        self._producer.poll(0)
+        self._call(doing, lambda: self._producer.poll(0))
         self._suspect = self._link.lost or time.monotonic() - began >= _SLOW_COMMIT_S
 
     def close(self) -> None:
+        self._producer.purge()
         # A call that was given up may end now, and may have been fenced: that is said here, and concerns nobody.
-        with suppress(KafkaException):
-            self._producer.purge()
-            self._producer.flush(0.5)
+        with suppress(InfrastructureError):
+            self._call("close", lambda: self._producer.flush(0.5))
 
     def _call(self, doing: str, call: Callable[[], Any]) -> None:
         """Call, and again while the error is retriable. Raises ours; once fenced, always fenced."""
@@ -235,7 +248,7 @@ class KafkaTransactional:
         deadline = time.monotonic() + 60.0
         while True:
             try:
-                call()
+                _plainly(call)
                 return
             except KafkaException as error:
                 if not (error.args[0].retriable() and time.monotonic() < deadline):
