@@ -4,13 +4,16 @@ VENV := .venv
 BIN := $(VENV)/bin
 WORKERS ?= 2
 
-.PHONY: demo test lint types bench fmt clean
+.PHONY: demo test test-slow lint types bench fmt clean
 
 demo: $(VENV)/.installed ## a real long task on a real Kafka, with kills and a proof at the end
 	$(BIN)/perdure demo
 
 test: $(VENV)/.installed-test lint types ## every test, on a real broker
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
+
+test-slow: $(VENV)/.installed-test ## what takes half a minute and more: three brokers, long outages, storms
+	$(BIN)/python -m pytest -m slow
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .

@@ -6,7 +6,7 @@ import os
 
 from hypothesis import HealthCheck, settings
 
-pytest_plugins = ["tests.kafka_fixture"]
+pytest_plugins = ["tests.kafka_fixture", "tests.kafka_cluster"]
 
 # A shared machine may pause a test for seconds, so neither a deadline nor slow drawing is a failure. In CI the same
 # commit always sees the same examples; on a developer's machine each run sees new ones.

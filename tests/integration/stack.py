@@ -219,9 +219,9 @@ def _decoded(record: Record) -> Any:
 class Stack:
     """The namespace and its processes; see `stack_on`."""
 
-    def __init__(self, bootstrap: str, prefix: str, folder: Path, partitions: int) -> None:
+    def __init__(self, bootstrap: str, prefix: str, folder: Path, partitions: int, replication: int = 1) -> None:
         self.bootstrap, self.prefix, self.folder = bootstrap, prefix, folder
-        create_topics(bootstrap, prefix, partitions=partitions)
+        create_topics(bootstrap, prefix, partitions=partitions, replication=replication)
         self.log = KafkaLog(bootstrap, prefix)
         self.keys = Keys.generate()
         self.keys.save(folder / "keys.json")
@@ -253,13 +253,18 @@ class Stack:
 
     # Processes -------------------------------------------------------------------------------------------------------
 
-    def process(self, name: str, *command: str) -> Process:
-        """A process with the stack's settings in its environment; not started yet."""
+    def process(self, name: str, *command: str, host: str = "state", bootstrap: str = "") -> Process:
+        """A process with the stack's settings in its environment; not started yet.
+
+        host: the folder that is its state directory; processes with other ones are on other machines, as far as they
+        know. bootstrap: another way to the same broker.
+        """
         ours = {f"PERDURE_{field.upper()}" for field in Settings.model_fields}
         kept = {n: v for n, v in os.environ.items() if n not in ours and not n.startswith("PERDURE_")}
         settings = Settings.model_construct(
-            bootstrap=self.bootstrap, namespace=self.prefix, keys_file=self.folder / "keys.json", data_dir=self.folder,
-            state_dir=self.folder / "state", checkpoint_dir=self.folder / "checkpoints", blobs=str(self.blobs),
+            bootstrap=bootstrap or self.bootstrap, namespace=self.prefix, keys_file=self.folder / "keys.json",
+            data_dir=self.folder, state_dir=self.folder / host, checkpoint_dir=self.folder / "checkpoints",
+            blobs=str(self.blobs),
         )  # fmt: skip
         environment = kept | settings.environment() | {OWNER: str(os.getpid())} | self.environment
         made = Process([sys.executable, *command], environment, self.folder / f"{name}.log")
@@ -466,9 +471,11 @@ def prove(stack: Stack, task_id: str, count: int, kills: int) -> None:
 
 
 @contextmanager
-def stack_on(bootstrap: str, prefix: str, folder: Path, *, partitions: int = 4) -> Iterator[Stack]:
+def stack_on(
+    bootstrap: str, prefix: str, folder: Path, *, partitions: int = 4, replication: int = 1
+) -> Iterator[Stack]:
     """A namespace of its own that leaves nothing behind."""
-    stack = Stack(bootstrap, prefix, folder, partitions)
+    stack = Stack(bootstrap, prefix, folder, partitions, replication)
     try:
         yield stack
     finally:
