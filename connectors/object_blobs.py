@@ -19,6 +19,7 @@ from perdure.schemas.errors import ConfigurationError, NotFound, Unreachable
 
 _RETRY: RetryConfig = {"max_retries": 3, "retry_timeout": timedelta(seconds=15)}
 """Of a single request. Whoever can wait for longer asks again, and can be stopped in between."""
+_NO_ACCESS = (PermissionDeniedError, UnauthenticatedError, PermissionError)
 _BUCKET_MISSING = ("NoSuchBucket", "bucket does not exist")
 
 
@@ -72,14 +73,15 @@ class ObjectBlobs:
         """An error of obstore's as the one that says what it means."""
         try:
             yield
-        except (PermissionDeniedError, UnauthenticatedError, PermissionError) as error:
-            raise ConfigurationError(f"no access to {self._where}/{name}: {_first_line(error)}") from error
-        except FileNotFoundError as error:
-            if _names_bucket(error):
-                raise ConfigurationError(f"the bucket of {self._where} does not exist: create it") from error
-            raise NotFound(f"the blob {self._where}/{name} is missing") from error
         except (BaseError, OSError) as error:
-            raise Unreachable(f"the store of {self._where}/{name} did not do it: {_first_line(error)}") from error
+            where = f"{self._where}/{name}"
+            if _names_bucket(error):
+                raise ConfigurationError(f"the bucket of {where} does not exist: create it") from error
+            if isinstance(error, FileNotFoundError):
+                raise NotFound(f"the blob {where} is missing") from error
+            if isinstance(error, _NO_ACCESS):
+                raise ConfigurationError(f"no access to {where}: {_first_line(error)}") from error
+            raise Unreachable(f"the store of {where} did not do it: {_first_line(error)}") from error
 
 
 def _names_bucket(error: Exception) -> bool:
