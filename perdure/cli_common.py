@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from perdure.client import Client
     from perdure.handle import Handle
     from perdure.settings import Settings
+    from perdure.streams.kafka_log import KafkaLog
 
 REFUSED, USAGE, NOT_FOUND, UNREACHABLE = 1, 2, 3, 4
 _INTERRUPTED = 130
@@ -43,6 +44,13 @@ class Session:
         from perdure.client import Client
 
         return Client(settings=self.settings())
+
+    def kafka(self) -> KafkaLog:
+        """The namespace's place on its brokers, whether or not its topics are there."""
+        from perdure.streams.kafka_log import KafkaLog
+
+        settings = self.settings()
+        return KafkaLog(settings.require_bootstrap(), settings.namespace, options=settings.kafka, partitions=1)
 
     def handle(self, client: Client, text: str, *, past: bool = False) -> Handle:
         """The task that a person means by an id, a local id or a unique beginning of either.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from confluent_kafka import KafkaError, KafkaException
@@ -90,16 +90,16 @@ def _await_topics(log: KafkaLog) -> None:
 
 def _pin(log: KafkaLog, partitions: int) -> None:
     name = f"{TOPOLOGY}/partitions"
-    pinned = _pinned(log)
-    if pinned is None:
+    known = pinned(log)
+    if known is None:
         producer = log.producer()
         content = json.dumps({"partitions": partitions, "feature_level": 1}).encode()
         producer.append(topics.CONFIG.name, 0, name.encode(), codec.encode(ConfigRecord(name=name, content=content)))
         if not producer.flush(_CALL_S):
             raise Unreachable(f"the partition count could not be written to {log.bootstrap}")
         producer.close()
-    elif pinned != partitions:
-        raise ConfigurationError(f"the namespace {log.prefix!r} is pinned to {pinned} partitions, not {partitions}")
+    elif known != partitions:
+        raise ConfigurationError(f"the namespace {log.prefix!r} is pinned to {known} partitions, not {partitions}")
 
 
 def pinned_partitions(log: KafkaLog) -> int:
@@ -108,18 +108,18 @@ def pinned_partitions(log: KafkaLog) -> int:
     config = topics.CONFIG.on(log.prefix)
     if config not in known:
         raise ConfigurationError(f"{log.bootstrap} has no namespace {log.prefix!r}: create its topics first")
-    pinned = _pinned(log)
-    if pinned is None:
+    count = pinned(log)
+    if count is None:
         raise ConfigurationError(f"the namespace {log.prefix!r} on {log.bootstrap} has no pinned partition count")
     for topic in topics.ALL:
         found = len(known[topic.on(log.prefix)].partitions) if topic.on(log.prefix) in known else 0
-        wanted = pinned if topic.partitioned else 1
+        wanted = count if topic.partitioned else 1
         if found != wanted:
             raise ConfigurationError(
                 f"topic {topic.on(log.prefix)} has {found} partitions, but the namespace is pinned to {wanted}: "
                 f"adding partitions would send routing keys elsewhere. Use a new namespace, or restore the topic"
             )
-    return pinned
+    return count
 
 
 def _reachable(log: KafkaLog) -> bool:
@@ -130,7 +130,8 @@ def _reachable(log: KafkaLog) -> bool:
     return True
 
 
-def _pinned(log: KafkaLog) -> int | None:
+def pinned(log: KafkaLog) -> int | None:
+    """The partition count in `config`, which has to exist; None if none is pinned. Raises `Unreachable`."""
     view = ConfigView(log)
     try:
         view.refresh()
@@ -142,22 +143,32 @@ def _pinned(log: KafkaLog) -> int | None:
 
 def verify_topics(log: KafkaLog) -> None:
     """Compare each topic's settings with the table. Raises `ConfigurationError` naming everything that is off."""
-    admin = log.admin()
-    asked = {t.name: ConfigResource(ConfigResource.Type.TOPIC, t.on(log.prefix)) for t in topics.ALL}
-    found = admin.describe_configs(list(asked.values()), request_timeout=_CALL_S)
-    wrong = []
-    for topic in topics.ALL:
-        try:
-            settings = found[asked[topic.name]].result(_CALL_S)
-        except KafkaException as error:
-            raise Unreachable(f"no settings of {topic.on(log.prefix)}: {error.args[0].str()}") from error
-        wrong += [
-            f"{topic.on(log.prefix)}: {name} is {settings[name].value}, should be {value}"
-            for name, value in topic.settings.items()
-            if _STRICT.get(name, False) and settings[name].value != value
-        ]
+    found = settings_of(log, topics.ALL)
+    wrong = [f"{t.on(log.prefix)}: {line}" for t in topics.ALL for line in settings_off(t, found[t.name])]
     if wrong:
         raise ConfigurationError("topics are not set up as Perdure needs them: " + "; ".join(wrong))
+
+
+def settings_of(log: KafkaLog, wanted: Iterable[Topic]) -> dict[str, dict[str, str]]:
+    """What the broker has for topics that exist: topic -> setting -> value. Raises `Unreachable`."""
+    asked = {t.name: ConfigResource(ConfigResource.Type.TOPIC, t.on(log.prefix)) for t in wanted}
+    found = log.admin().describe_configs(list(asked.values()), request_timeout=_CALL_S)
+    settings = {}
+    for name, resource in asked.items():
+        try:
+            settings[name] = {n: str(entry.value) for n, entry in found[resource].result(_CALL_S).items()}
+        except KafkaException as error:
+            raise Unreachable(f"no settings of {log.prefix}{name}: {error.args[0].str()}") from error
+    return settings
+
+
+def settings_off(topic: Topic, found: Mapping[str, str]) -> list[str]:
+    """What of a topic's settings is not as the guarantees need it, a line for each."""
+    return [
+        f"{name} is {found[name]}, should be {value}"
+        for name, value in topic.settings.items()
+        if _STRICT.get(name, False) and found[name] != value
+    ]
 
 
 _STRICT = {"cleanup.policy": True, "message.timestamp.type": True, "max.message.bytes": True}

@@ -51,6 +51,7 @@ SHELL = frozenset(
         "snapshot_taker",
         "snapshots",
         "store",
+        "survey",
         "topology",
     }
 )
