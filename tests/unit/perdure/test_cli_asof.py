@@ -11,6 +11,7 @@ from click.testing import CliRunner
 
 from perdure import cli, cli_asof
 from perdure.client import Client
+from perdure.connectors.large_values import LargeValues
 from perdure.schemas import topics
 from tests.world import MINUTE, SECOND, ScriptedWorker, World, completed, progress, step
 
@@ -20,7 +21,7 @@ def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> World:
     """A namespace of two partitions that every command here looks at, at the present time of the world."""
     made = World()
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(Client, "_open", lambda _: made.log)
+    monkeypatch.setattr(Client, "_open", lambda _: (made.log, LargeValues()))
     monkeypatch.setattr(cli_asof, "present", lambda: made.now)
     return made
 
