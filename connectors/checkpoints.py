@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import uuid
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -85,6 +86,28 @@ def unpack(data: bytes) -> bytes:
         return zstandard.ZstdDecompressor().decompress(data[len(HEADER) :])
     except zstandard.ZstdError as error:
         raise InfrastructureError(f"a checkpoint cannot be decompressed: {error}") from error
+
+
+def store_id(directory: Path) -> str:
+    """The random id of a directory of checkpoints, made at the first call; hosts that read the same share it.
+
+    Raises `InfrastructureError`.
+    """
+    path = directory / "store-id"
+    try:
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if not path.exists():
+            fresh = directory / f"{_DRAFT}{uuid.uuid4()}"
+            fresh.write_text(f"{uuid.uuid4()}\n")
+            try:
+                os.link(fresh, path)  # of several hosts that try, the first one wins
+            except FileExistsError:
+                pass
+            finally:
+                fresh.unlink()
+        return path.read_text().strip()
+    except OSError as error:
+        raise InfrastructureError(f"the checkpoint directory {directory} is unusable: {error}") from error
 
 
 class LocalCheckpoints:

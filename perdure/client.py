@@ -133,21 +133,25 @@ class Client:
 
         Raises `InvalidRequest`, or `Unreachable` when not all of them have answered within 5 s.
         """
-        connection = self._connection()
-        query = FindTasks(**self.head(), prefix=prefix)
+        answers = self.ask_all(FindTasks(**self.head(), prefix=prefix))
+        if len(answers) < self.log.partitions:
+            raise Unreachable(f"not every partition answered within {_VERDICT_S:g} s: give the whole id, or try again")
+        return sorted({task_id for reply in answers for task_id in json.loads(reply.body or b"{}").get("ids", ())})
+
+    def ask_all(self, query: FindTasks) -> list[CommandReply]:
+        """Every partition's answer; those that come within 5 s. Raises `InvalidRequest`, or `Unreachable` (Kafka)."""
         json_commands.check(query)
+        connection = self._connection()
         expected = connection.replies.expect(query.command_id)
         self._append(query, range(connection.log.partitions), limits.DEFAULT_QUEUE)
         deadline = time.monotonic() + _VERDICT_S
-        found: set[str] = set()
-        for _ in range(connection.log.partitions):
+        answers: list[CommandReply] = []
+        while len(answers) < connection.log.partitions:
             reply = expected.next(deadline - time.monotonic())
             if reply is None:
-                raise Unreachable(
-                    f"not every partition answered within {_VERDICT_S:g} s: give the whole id, or try again"
-                )
-            found |= set(json.loads(reply.body or b"{}").get("ids", ()))
-        return sorted(found)
+                break
+            answers.append(reply)
+        return answers
 
     def head(self) -> dict[str, Any]:
         """The fields that every command of this client has."""

@@ -167,8 +167,15 @@ class Session:
 class Sessions:
     """All sessions of this process. For the main thread, but `on_heard` is called on the log's threads."""
 
-    def __init__(self, producer: Producer, signer: tuple[str, bytes], on_heard: Callable[[Session], None]) -> None:
+    def __init__(
+        self,
+        producer: Producer,
+        signer: tuple[str, bytes],
+        on_heard: Callable[[Session], None],
+        labels: Mapping[str, str] | None = None,
+    ) -> None:
         self._producer, self._signer, self._on_heard = producer, signer, on_heard
+        self._labels = dict(labels or {})
         self._sessions: dict[tuple[int, str], Session] = {}
 
     def __iter__(self) -> Iterator[Session]:
@@ -231,7 +238,7 @@ class Sessions:
         message = WorkerStarted(
             session=session.id, worker_id=session.lane.worker_id, types=session.lane.types,
             queues=session.routing_keys, slots=session.lent, inbox_offset=session.inbox_offset,
-            host=socket.gethostname(), pid=os.getpid(),
+            labels=self._labels, host=socket.gethostname(), pid=os.getpid(),
         )  # fmt: skip
         heard = self._hears(session, now)
 

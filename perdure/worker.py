@@ -30,10 +30,12 @@ import psutil
 
 from perdure import process
 from perdure.children import Events
+from perdure.connectors.checkpoints import store_id
 from perdure.connectors.large_values import Place
 from perdure.forkserver import ForkServer, Loaded
 from perdure.reporter import Reporter
 from perdure.schemas import codec, topics
+from perdure.schemas.commands import CHECKPOINT_STORE
 from perdure.schemas.errors import ConfigurationError
 from perdure.schemas.inbox import (
     CancelAttempt,
@@ -167,9 +169,9 @@ class Worker:
         stack.callback(self._producer.close)
         signer = self._keys.newest_worker()
         self._reporter = Reporter(self._producer, signer, name, _clock)
-        self._sessions = Sessions(self._producer, signer, self._reporter.release)
-        self._checkpoints.mkdir(parents=True, exist_ok=True)
-        machine = Machine(name, self._checkpoints, self._log.partitions)
+        store = store_id(self._checkpoints)
+        self._sessions = Sessions(self._producer, signer, self._reporter.release, {CHECKPOINT_STORE: store})
+        machine = Machine(name, self._checkpoints, store, self._log.partitions)
         self._logs = LogWriter(self._log.producer(), machine, self._fail)
         self._logs.start()
         stack.callback(self._logs.close, FLUSH_S)

@@ -134,8 +134,9 @@ class Activity:
 class Machine:
     """Measures this process with all its descendants, and the machine."""
 
-    def __init__(self, worker_id: str, disk: Path, partitions: int) -> None:
+    def __init__(self, worker_id: str, disk: Path, checkpoint_store: str, partitions: int) -> None:
         self.worker_id, self._disk = worker_id, disk
+        self._store = checkpoint_store
         self.partition = ids.partition_of(worker_id, partitions)
         self._cpu: dict[tuple[int, float], float] = {}
         self._at = 0
@@ -151,7 +152,7 @@ class Machine:
             queues=activity.queues, slots=activity.slots, running=activity.running[:RUNNING_MAX],
             cpu_percent=100 * used / elapsed_s if elapsed_s > 0 else 0.0, rss=rss, load=os.getloadavg()[0],
             memory_available=psutil.virtual_memory().available, disk_free=psutil.disk_usage(str(self._disk)).free,
-            state=activity.state,
+            state=activity.state, checkpoint_store=self._store,
         )  # fmt: skip
 
     def _processes(self) -> tuple[dict[tuple[int, float], float], int]:

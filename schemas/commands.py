@@ -228,6 +228,9 @@ class WorkerStopping:
     hmac: A[bytes, "HMAC-SHA256 by the worker key over the record's bytes before this field."] = b""
 
 
+CHECKPOINT_STORE = "checkpoint_store"
+"""Label of a worker: the id found in its checkpoint directory, equal where workers share one."""
+
 Control = PauseTask | ResumeTask | CancelTask | RetryTask | DiscardDeadLetter
 Query = DescribeTask | AwaitTask | FindTasks
 Command = SubmitTask | SubmitBatch | Control | Query

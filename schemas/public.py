@@ -112,6 +112,7 @@ class WorkerMetrics:
     memory_available: A[int, "The machine's available memory, bytes."]
     disk_free: A[int, "Free bytes where the worker keeps its files."]
     state: A[str, "running, draining or stopped."] = "running"
+    checkpoint_store: A[str, "Id found in its checkpoint directory, equal where workers share one."] = ""
 
 
 @record("public")

@@ -6,6 +6,7 @@ import json
 from typing import Any
 
 from perdure.schemas import limits, references
+from perdure.schemas.commands import CHECKPOINT_STORE
 from perdure.schemas.inbox import CommandReply
 from perdure.schemas.rows import TaskSpec, TaskState
 from perdure.streams import policies, tables
@@ -91,19 +92,28 @@ def why(s: State, m: Moment, task_id: str, reason: str) -> str:
             text += f", {max(0, start - m.at) / 1000:.1f} s to go"
         elif all(w.running >= w.slots for w in _able(s, spec)):
             text += ": every slot is taken"
-        return text
+        return text + _apart(s, t, spec)
     if t.state == "RUNNING":
         doing = _DOING[t.stopping]
         session = s.sessions.get(t.session)
         silent = "" if session is None or session.state != "suspect" else "; the worker has not been heard of lately"
         unsaved = _unsaved(s, m, t, task_id)
         overdue = "" if unsaved is None else f"; no checkpoint for {unsaved / 1000:.0f} s: the next is overdue"
-        return f"{doing} on worker {t.worker_id}, attempt {t.attempt}, epoch {t.epoch}{silent}{overdue}"
+        notes = silent + overdue + _apart(s, t, spec)
+        return f"{doing} on worker {t.worker_id}, attempt {t.attempt}, epoch {t.epoch}{notes}"
     if t.state == "PAUSED":
         return "paused by shutdown; resume it" if reason == "shutdown" else "paused; resume it"
     if t.error is not None and t.state in ("FAILED", "TIMED_OUT"):
         return f"{t.state}: {t.error.type}: {t.error.message[:200]}"
     return t.state + (f": {t.stop_detail}" if t.state == "CANCELLED" and t.stop_detail else "")
+
+
+def _apart(s: State, t: TaskState, spec: TaskSpec) -> str:
+    """A warning, if the task has a checkpoint that not all of its workers can see."""
+    stores = {w.labels[CHECKPOINT_STORE] for w in _able(s, spec) if CHECKPOINT_STORE in w.labels}
+    if t.checkpoint is None or len(stores) < 2:
+        return ""
+    return "; its workers do not share a checkpoint store: on another one it begins anew (perdure doctor)"
 
 
 def _able(s: State, spec: TaskSpec) -> list[Any]:

@@ -121,7 +121,7 @@ def _fail(error: Exception) -> None:
 
 def test_the_writer_appends_lines_to_the_tasks_partition_and_metrics_to_the_workers(tmp_path: Path) -> None:
     log = MemoryLog(lambda: 1)
-    writer = LogWriter(log.producer(), Machine("w", tmp_path, 8), _fail)
+    writer = LogWriter(log.producer(), Machine("w", tmp_path, "store", 8), _fail)
     writer.start()
     line = LogLine(task_id="etl/1", epoch=1, attempt=1, worker_id="w", number=1, at=1, stream="stdout", text="hi")
     assert writer.offer(5, line)
@@ -142,7 +142,7 @@ def test_the_writer_appends_lines_to_the_tasks_partition_and_metrics_to_the_work
 
 def test_a_broker_that_takes_nothing_costs_lines_and_no_waiting(tmp_path: Path) -> None:
     log = MemoryLog(lambda: 1)
-    writer = LogWriter(log.producer(), Machine("w", tmp_path, 8), _fail)  # its thread is not running
+    writer = LogWriter(log.producer(), Machine("w", tmp_path, "store", 8), _fail)  # its thread is not running
     line = LogLine(
         task_id="etl/1", epoch=1, attempt=1, worker_id="w", number=1, at=1, stream="stdout", text="x" * 60_000
     )
@@ -155,7 +155,7 @@ def test_a_broker_that_takes_nothing_costs_lines_and_no_waiting(tmp_path: Path) 
 
 
 def test_cpu_is_measured_between_two_samples(tmp_path: Path) -> None:
-    machine = Machine("w", tmp_path, 8)
+    machine = Machine("w", tmp_path, "store", 8)
     activity = Activity("s", [], 1, [], "running")
     assert machine.metrics(activity, 10_000).cpu_percent == 0
     total = 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from perdure.schemas import commands
+from perdure.schemas.codec import replace
 from perdure.schemas.reports import ReportProgress
 from tests.unit.streams.test_task_lifecycle import STATES, TYPES, make
 from tests.world import (
@@ -149,3 +150,19 @@ def test_a_query_changes_nothing() -> None:
         assert world.do(kind, task_id, command_id="same").accepted
     assert len(world.events()) == events
     assert len(world.replies("same")) == 2
+
+
+@pytest.mark.parametrize(("stores", "warned"), [(("one", "one"), False), (("one", "two"), True)])
+def test_a_checkpoint_that_not_every_worker_can_see_is_told(stores: tuple[str, str], warned: bool) -> None:
+    world = World()
+    for name, store in zip(("w1", "w2"), stores, strict=True):
+        worker = ScriptedWorker(world, name, slots=1)
+        worker.say(replace(worker.started(), labels={commands.CHECKPOINT_STORE: store}))
+    task_id = world.submit()
+    holder = next(w for w in world.workers if w.grants())
+    grant = holder.run()
+    assert "share" not in world.status(task_id)["why"], "it has no checkpoint yet"
+    holder.report(grant, checkpoint(1))
+    assert ("do not share a checkpoint store" in world.status(task_id)["why"]) == warned
+    holder.report(grant, stopped("drained"))
+    assert ("do not share a checkpoint store" in world.status(task_id)["why"]) == warned
