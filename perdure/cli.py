@@ -38,6 +38,7 @@ _COMMANDS = {
     "rebuild": "cli_rebuild",
     "upgrade": "cli_upgrade",
     "asof": "cli_asof",
+    "replay": "cli_replay",
     "doctor": "cli_doctor",
     "topics": "cli_topics",
 }

@@ -42,6 +42,8 @@ SHELL = frozenset(
         "memory_log",
         "past",
         "processor",
+        "redecide",
+        "replay",
         "rebuild",
         "recovery",
         "restore_watch",

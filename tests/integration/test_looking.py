@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -121,3 +122,27 @@ def test_a_task_and_the_fleet_as_they_were(stack: Stack) -> None:
     code, told = perdure(stack, "asof", "now", waiting.id)
     assert (code, told["task"]["state"], told["task"]["result"]) == (0, "COMPLETED", 3)
     assert perdure(stack, "asof", "1 hour ago", waiting.id)[0] == 3
+
+
+def test_what_the_engine_did_is_decided_again_and_its_shadow_follows(stack: Stack) -> None:
+    """G5."""
+    engine = stack.engine()
+    stack.worker("--slots", "2", name="w")
+    handles = [stack.submit("add", {"a": n, "b": 1}) for n in range(5)]
+    assert [stack.result(h) for h in handles] == [1, 2, 3, 4, 5]
+    code, told = perdure(stack, "replay")
+    assert (code, told["equal"]) == (0, True)
+    assert sum(p["events"] for p in told["partitions"]) >= 5 * 5
+
+    shadow = stack.process("shadow", "-m", "perdure.cli", "replay", "--shadow", "--json").start()
+    shadow.await_text("following the engine")
+    engine.kill()
+    engine.start()
+    stack.await_engine(engine)
+    assert stack.result(stack.submit("add", {"a": 20, "b": 1})) == 21
+    shadow.signal(signal.SIGINT)
+    assert shadow.ended() == 0, shadow.text()
+    followed = json.loads(shadow.text().splitlines()[-1])
+    assert followed["equal"]
+    events = {n: sum(p["events"] for p in t["partitions"]) for n, t in (("replay", told), ("shadow", followed))}
+    assert events["shadow"] >= events["replay"] + 5
