@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from perdure.schemas import codec, events, topics
+from perdure.schemas.public import Quarantined
 from perdure.streams.log import Record
 from perdure.streams.memory_log import MemoryLog
 from perdure.streams.redecide import Redecider
@@ -131,6 +132,38 @@ def test_the_build_of_another_build_is_no_difference(world: World) -> None:
         comparison = Comparison(partition, other_build=other_build)
         replay(log, Redecider(partition, world.partitions, KEYS), comparison, 0, world.executed(partition))  # type: ignore[arg-type]
         assert (comparison.divergence is None) == other_build
+
+
+def test_an_input_that_was_passed_over_unread_is_passed_over_again(world: World) -> None:
+    """That it killed its process is known from the quarantine alone."""
+    partition = busy(world)
+    executed = world.executed(partition)
+    submits = [e.cause.offset for e in world.of_kind(events.TaskSubmitted) if e.cause.partition == partition]
+    killer = submits[len(submits) // 2]
+    decider = Redecider(partition, world.partitions, KEYS)
+    made = [
+        event
+        for batch in inputs_of(world.log, partition, 0, executed)
+        for event in decider.decide([(record, record.offset == killer) for record, _ in batch])
+    ]
+    log = copy(world, lambda _: [])
+    producer = log.producer()
+    for _, event in made:
+        producer.append(topics.EVENTS.name, partition, None, event)
+
+    def divergence() -> Divergence | None:
+        comparison = Comparison(partition, other_build=False)
+        replay(_Timed(world, log), Redecider(partition, world.partitions, KEYS), comparison, 0, executed)  # type: ignore[arg-type]
+        return comparison.divergence
+
+    found = divergence()
+    assert found is not None
+    assert found.input == killer
+    q = Quarantined(
+        topic="task-commands", partition=partition, offset=killer, at=0, reader="engine", cause="killer", detail=""
+    )
+    producer.append(topics.QUARANTINE.name, partition, None, codec.encode(q))
+    assert divergence() is None
 
 
 def _of_build(world: World, record: Record) -> Record:

@@ -104,6 +104,12 @@ def test_offsets_show_the_other_partitions_at_the_same_time(world: World) -> Non
     assert [t["task_id"] for t in answer(f"{one}:{last}")["tasks"]] == [first]
 
 
+def test_a_worker_that_the_engine_refused_was_not_there(world: World) -> None:
+    honest = ScriptedWorker(world, "honest").start()
+    world.send(ScriptedWorker(world, "forged").started(), honest.partition)
+    assert [w["worker_id"] for w in answer("now")["workers"]] == ["honest"]
+
+
 def test_what_the_log_has_lost_is_said(world: World) -> None:
     ScriptedWorker(world, slots=1, beating=True).start()
     old = world.submit(not_before=world.now + 10 * MINUTE)
