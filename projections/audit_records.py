@@ -50,11 +50,15 @@ class Decoder:
 
     def __init__(self) -> None:
         self._schemas = dict(_shipped())
+        self._wanted: dict[bytes, Any] = {}
+        """Fingerprint of another build's schema -> the shipped one: what that build has added is passed over."""
 
     def learn(self, text: str) -> None:
         """Take in a schema that `config` publishes, as JSON text."""
         identity, schema = _parsed(text)
-        self._schemas.setdefault(identity, schema)
+        if identity not in self._schemas:
+            self._schemas[identity] = schema
+            self._wanted[identity] = next((s for s in _shipped().values() if s["name"] == schema["name"]), None)
 
     def read(self, value: bytes) -> Told:
         """What a value holds. Raises `Unreadable`. Records of several kinds in one list come as (name, fields)."""
@@ -63,7 +67,9 @@ class Decoder:
             raise Unreadable(f"begins with {value[:10].hex()}, which no schema is known by")
         body = io.BytesIO(value[10:])
         try:
-            fields = schemaless_reader(body, schema, None, return_record_name=True, return_record_name_override=True)
+            fields = schemaless_reader(
+                body, schema, self._wanted.get(value[2:10]), return_record_name=True, return_record_name_override=True
+            )
         except (EOFError, ValueError, IndexError, OverflowError, MemoryError, RecursionError) as error:
             raise Unreadable(f"{schema['name']}: {error}") from error
         assert isinstance(fields, dict)
