@@ -99,6 +99,8 @@ class _Topic:
         """The next records, none beyond the target. Raises `LogTruncated` or `InfrastructureError`."""
         found: list[LogRecord] = []
         for message in self._consumer.consume(_SLICE, 0.2):
+            if message.partition() not in (None, self._partition):
+                continue  # of the partition before
             offset = self._offset(message)
             if message.error() is None and offset < self._target:
                 found.append(_Record(

@@ -58,6 +58,8 @@ class Partition:
         self._events: deque[tuple[int, Told]] = deque()
         self._quarantined: deque[tuple[int, str]] = deque()
         self._replies: deque[tuple[int, dict[str, Any]]] = deque()
+        self._early: list[tuple[int, dict[str, Any]]] = []
+        """Replies that no command was known for at the last check."""
         self._due: dict[str, _Due] = {}
         self._seq: int | None = 0 if self.fold.whole else None
         self._last_cause = -1
@@ -223,10 +225,10 @@ class Partition:
         elif task is not None and not task.broken:
             if name == "TaskSubmitted" and e["key"] is not None:
                 self.inputs.by_key[e["type"], e["key"]] = task.id
+            if name == "TaskRetired":
+                self._forget(task)
             self.fold.task_event(task, name, e)
             task.follow(name, e)
-        if name == "TaskRetired" and task is not None:
-            self._forget(task)
 
     def _fault(self, told: Told, task: Task | None, given: Input | None) -> Fault | None:
         """The rule that an event breaks, if it breaks one."""
@@ -276,30 +278,44 @@ class Partition:
         local = task.id.partition("/")[2]
         if self.inputs.by_local.get(local) == task.id:
             del self.inputs.by_local[local]
+        if task.spec is not None and task.spec["key"] is not None:
+            self.inputs.by_key.pop((task.spec["type"], task.spec["key"]), None)
 
     # Replies ---------------------------------------------------------------------------------------------------------
 
     def _check_replies(self) -> None:
-        """Every command that asked for it was answered once, and as it was decided."""
+        """Every command that asked for it was answered once, and as it was decided.
+
+        A reply may have been read before the changelog has come to its command: that is asked at the next check.
+        """
+        early, self._early = self._early, []
+        for offset, reply in early:
+            if not self._match(offset, reply) and self.fold.whole and not self._starts.get(COMMANDS):
+                text = f"command {reply['command_id']} is answered again, or never asked"
+                self._report("reply-once", REPLIES, offset, text, reply["task_id"])
         while self._replies:
             offset, reply = self._replies.popleft()
-            if reply["body"] is not None or reply["reason"] == "not_found":
-                continue
-            due = self._due.get(reply["command_id"])
-            if due is None:
-                self._unasked(offset, reply)
-                continue
-            wanted = due.wanted.pop(0)
-            if wanted not in (None, reply["accepted"]):
-                said = "accepted" if reply["accepted"] else "refused"
-                text = f"command {reply['command_id']} of offset {due.offset} is told it is {said}, and is not"
-                self._report("reply-once", REPLIES, offset, text, reply["task_id"])
-            if not due.wanted:
-                del self._due[reply["command_id"]]
+            of_query = reply["body"] is not None or reply["reason"] == "not_found"
+            if not of_query and not self._match(offset, reply):
+                self._early.append((offset, reply))
         for command_id, due in list(self._due.items()):
             if due.offset < (self.rows.position or 0):
                 self._report("reply-once", COMMANDS, due.offset, f"command {command_id} has no reply")
                 del self._due[command_id]
+
+    def _match(self, offset: int, reply: dict[str, Any]) -> bool:
+        """Whether a command waits for the reply; it has to say what was decided."""
+        due = self._due.get(reply["command_id"])
+        if due is None:
+            return False
+        wanted = due.wanted.pop(0)
+        if wanted not in (None, reply["accepted"]):
+            said = "accepted" if reply["accepted"] else "refused"
+            text = f"command {reply['command_id']} of offset {due.offset} is told it is {said}, and is not"
+            self._report("reply-once", REPLIES, offset, text, reply["task_id"])
+        if not due.wanted:
+            del self._due[reply["command_id"]]
+        return True
 
     def _reply_kept(self, at: int) -> bool:
         """Replies are kept for an hour: what is older than the first one kept was answered, or not, unseen."""
