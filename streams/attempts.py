@@ -7,6 +7,7 @@ dropped; a gap ends the epoch, for what is missing can never be told from what w
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import msgspec
@@ -255,17 +256,21 @@ def _may_rerun(s: State, task_id: str, known: Step, report: reports.ReportStep) 
 
 
 def _checkpoint(s: State, m: Moment, task_id: str, report: reports.ReportCheckpoint) -> Outputs:
+    before = s.known(task_id).checkpoint
+    unfinished = before is None or s.get(tables.MARKS, RETIRING + task_id.encode()) is not None
     yield events.CheckpointRecorded(
         **of_task(s, m, task_id), epoch=s.known(task_id).epoch, version=report.version, uri=report.uri,
         sha256=report.sha256, size=report.size, positions=report.positions,
     )  # fmt: skip
-    yield from retire_steps(s, m, task_id)
+    yield from retire_steps(s, m, task_id, {} if before is None or unfinished else before.positions)
 
 
-def retire_steps(s: State, m: Moment, task_id: str) -> Outputs:
+def retire_steps(s: State, m: Moment, task_id: str, since: Mapping[str, int]) -> Outputs:
     """Take steps of items before the checkpoint's positions out of the state, a chunk at a time.
 
     Items of track `p` before position `n` have ids from `p@` up to `p@<n>`; what is left is marked for the next tick.
+    `since`: positions before which every step is gone already. A long task has left so many there that the store would
+    look through ever more traces of them.
     """
     t = s.task(task_id)
     cursor = RETIRING + task_id.encode()
@@ -273,9 +278,10 @@ def retire_steps(s: State, m: Moment, task_id: str) -> Outputs:
     if t is not None and t.checkpoint is not None:
         scope = tables.task(task_id)
         for track, position in sorted(t.checkpoint.positions.items()):
-            first, last = tables.step(f"{track}@"), tables.step(f"{track}@{position:012d}")
+            begin = f"{since[track]:012d}" if track in since else ""
+            first, last = tables.step(f"{track}@{begin}"), tables.step(f"{track}@{position:012d}")
             gone: list[str] = []
-            for suffix, _ in s.scan(scope, start=first, prefix=tables.STEPS):
+            for suffix in s.suffixes(scope, start=first, prefix=tables.STEPS):
                 if suffix >= last or len(gone) >= budget:
                     break
                 gone.append(tables.step_id(suffix))

@@ -6,6 +6,8 @@ second tick, at least a beat after the first that found it silent, still finds n
 
 from __future__ import annotations
 
+from itertools import islice
+
 from perdure.schemas import events, inbox, limits
 from perdure.schemas.codec import replace
 from perdure.schemas.commands import WorkerBeat, WorkerStarted, WorkerStopping
@@ -52,7 +54,7 @@ def beat(s: State, m: Moment, record: WorkerBeat) -> Outputs:
     )
     if seen < session.grants:
         start = tables.number(seen + 1)
-        for _, lease in list(s.scan(tables.leases(record.session), start=start))[: limits.CHUNK]:
+        for _, lease in list(islice(s.scan(tables.leases(record.session), start=start), limits.CHUNK)):
             if lease.granted + limits.LEASE_MS < m.now:
                 yield from task_lifecycle.lost(s, m, lease.task_id, "unseen")
 
@@ -70,7 +72,7 @@ def stopping(s: State, m: Moment, record: WorkerStopping) -> Outputs:
 def drain(s: State, m: Moment, session_id: str, after: bytes) -> Outputs:
     """Mark the session's running tasks as draining, a chunk at a time."""
     cursor = DRAINING + session_id.encode()
-    leases = list(s.scan(tables.leases(session_id), start=after))
+    leases = list(islice(s.scan(tables.leases(session_id), start=after), limits.CHUNK + 1))
     for _, lease in leases[: limits.CHUNK]:
         if s.known(lease.task_id).stopping == "none":
             yield events.DrainRequested(**of_task(s, m.following(), lease.task_id))
@@ -92,7 +94,7 @@ def end(s: State, m: Moment, session: Session, why: str) -> Outputs:
 def end_leases(s: State, m: Moment, session_id: str, why: str) -> Outputs:
     """The next chunk of an ended session's leases; with the last one the session is forgotten."""
     cursor = ENDING + session_id.encode()
-    leases = [lease for _, lease in s.scan(tables.leases(session_id))]
+    leases = [lease for _, lease in islice(s.scan(tables.leases(session_id)), limits.CHUNK + 1)]
     for lease in leases[: limits.CHUNK]:
         yield from task_lifecycle.lost(s, m.following(), lease.task_id, why)
     if len(leases) > limits.CHUNK:

@@ -1,20 +1,21 @@
 """A partition's state as decisions see it: typed rows over a store, with everything since the last commit on top.
 
 `put` is for `evolve` alone. Every change can be undone: to the last mark (one bad record), or to the last commit (an
-aborted transaction). The ready heaps and the session table are derived from rows and never say anything rows do not.
+aborted transaction). The ready fronts and the session table are derived from rows and never say anything rows do not.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from heapq import heappop, heappush, merge
+from heapq import merge
 from itertools import groupby, islice
 from typing import Any, TypeVar
 
 from perdure.schemas import codec, ids, limits
 from perdure.schemas.rows import Clock, Config, Counter, Live, Position, Row, Session, Step, TaskSpec, TaskState
 from perdure.streams import tables
+from perdure.streams.ready_front import ReadyFront
 from perdure.streams.store import Store
 
 Key = tuple[bytes, bytes]
@@ -40,13 +41,15 @@ class State:
         self._load()
 
     def _load(self) -> None:
-        """(Re)build what is derived from rows."""
-        self._heaps: dict[bytes, list[tuple[bytes, str]]] = {}
+        """(Re)build what is derived from rows; all of it is small, or read when it is asked for."""
+        self._fronts: dict[bytes, ReadyFront] = {}
         self._routing_keys: frozenset[str] | None = None
         self._types: dict[str, tuple[int, dict[str, Any]] | None] = {}
         self.sessions: dict[str, Session] = {s.decode(): row for s, row in self.scan(tables.SESSIONS)}
         self.clock: Clock = self.get(tables.CLOCK, b"") or Clock()
         self.position: Position | None = self.get(tables.POSITION, b"")
+        self.next_timer: int | None = 0
+        self.next_start: int | None = 0
         self.look_for_timers()
         self.grantable = True
 
@@ -177,12 +180,15 @@ class State:
 
     def first_ready(self, scope: bytes) -> tuple[bytes, str] | None:
         """(place, task id) of the first task in a ready scope."""
-        heap = self._heaps.get(scope)
-        if heap is None:
-            heap = self._heaps[scope] = [(suffix, row.task_id) for suffix, row in self.scan(scope)]
-        while heap and self.get(scope, heap[0][0]) is None:
-            heappop(heap)
-        return heap[0] if heap else None
+        front = self._fronts.get(scope) or self._read_front(scope, b"")
+        while (first := front.first()) is None and front.end is not None:
+            front = self._read_front(scope, front.end + b"\x00")
+        return first
+
+    def _read_front(self, scope: bytes, start: bytes) -> ReadyFront:
+        front = ReadyFront((place, row.task_id) for place, row in self.scan(scope, start=start))
+        self._fronts[scope] = front
+        return front
 
     def partition_time(self, at: int) -> int:
         """Partition time of a log time, unclamped: what events' due times are made from."""
@@ -198,15 +204,19 @@ class State:
         """
         return t.due if t.due is None or not t.attempt else t.due - self.clock.offset
 
-    def _first_timer(self, *scopes: bytes) -> int | None:
-        """Due time of the earliest timer."""
-        firsts = [next(self.suffixes(scope), None) for scope in scopes]
-        return min((tables.timer_due(f) for f in firsts if f is not None), default=None)
-
     def look_for_timers(self) -> None:
         """Find the earliest timers again, after some have fired: in partition time, and in wall time."""
-        self.next_timer = self._first_timer(tables.TIMERS, tables.SOFT_TIMERS)
-        self.next_start = self._first_timer(tables.START_TIMERS)
+        self.next_timer = self._first_timer(self.next_timer, tables.TIMERS, tables.SOFT_TIMERS)
+        self.next_start = self._first_timer(self.next_start, tables.START_TIMERS)
+
+    def _first_timer(self, since: int | None, *scopes: bytes) -> int | None:
+        """Due time of the earliest timer. None is before the one found last: what has fired, or was taken back, before
+        that is not looked through again.
+        """
+        if since is None:
+            return None
+        firsts = [next(self.suffixes(scope, start=tables.number(since)), None) for scope in scopes]
+        return min((tables.timer_due(f) for f in firsts if f is not None), default=None)
 
     def next_due(self) -> int | None:
         """Log time of the earliest timer; None: there is none."""
@@ -226,10 +236,13 @@ class State:
     def _derive(self, scope: bytes, suffix: bytes, row: Any) -> None:
         kind = scope[:1]
         if kind == b"q":
+            front = self._fronts.get(scope)
             if row is not None:
                 self.grantable = True
-                if scope in self._heaps:
-                    heappush(self._heaps[scope], (suffix, row.task_id))
+                if front is not None:
+                    front.add(suffix, row.task_id)
+            elif front is not None:
+                front.remove(suffix)
         elif kind in (tables.TIMERS, tables.SOFT_TIMERS):
             if row is not None and (self.next_timer is None or tables.timer_due(suffix) < self.next_timer):
                 self.next_timer = tables.timer_due(suffix)

@@ -57,7 +57,7 @@ def _go_on(s: State, m: Moment) -> Outputs:
         elif kind + b"/" == leases.DRAINING:
             yield from leases.drain(s, m, rest.decode(), tables.number(mark.value))
         elif kind + b"/" == attempts.RETIRING:
-            yield from attempts.retire_steps(s, m, rest.decode())
+            yield from attempts.retire_steps(s, m, rest.decode(), since={})
         elif kind + b"/" == BINDING:
             yield from bind_tasks(s, m, rest.decode(), after=mark.text)
         elif kind + b"/" == task_lifecycle.TELLING:
@@ -95,7 +95,10 @@ def _fire(s: State, m: Moment, scope: bytes, now: int) -> Outputs:
 
 def _due(s: State, scope: bytes, now: int) -> list[tuple[bytes, Timer]]:
     found: list[tuple[bytes, Timer]] = []
-    for suffix, timer in s.scan(scope):
+    first = s.next_start if scope == tables.START_TIMERS else s.next_timer
+    if first is None or first > now:
+        return found
+    for suffix, timer in s.scan(scope, start=tables.number(first)):
         if tables.timer_due(suffix) > now or len(found) >= limits.TICK_TIMERS:
             break
         found.append((suffix, timer))

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
+from unittest.mock import patch
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from perdure.schemas import codec
 from perdure.schemas.rows import Config, Counter, Mark, Ready, Session, Timer
-from perdure.streams import tables
+from perdure.streams import ready_front, tables
 from perdure.streams.state import State
 from perdure.streams.store import MemoryStore
 
@@ -38,9 +40,14 @@ def contents(state: State) -> dict[tuple[bytes, bytes], Any]:
     return found
 
 
-@given(st.lists(CHANGES, max_size=40))
-@settings(max_examples=150)
-def test_state_is_a_dictionary_with_marks_and_commits(changes: list[Any]) -> None:
+@given(st.lists(CHANGES, max_size=40), st.sampled_from([1, 2, 1_000]))
+@settings(max_examples=200)
+def test_state_is_a_dictionary_with_marks_and_commits(changes: list[Any], places: int) -> None:
+    with patch.object(ready_front, "PLACES", places):
+        _check_changes(changes)
+
+
+def _check_changes(changes: list[Any]) -> None:
     store = MemoryStore()
     state = State(store, 0, 1)
     now: dict[tuple[bytes, bytes], Any] = {}
@@ -74,6 +81,52 @@ def test_state_is_a_dictionary_with_marks_and_commits(changes: list[Any]) -> Non
         head = state.first_ready(SCOPES[3])
         assert (head and head[0]) == min(ready, default=None)
         assert (head and head[1]) == (now[SCOPES[3], min(ready)].task_id if ready else None)
+
+
+def test_what_is_held_of_a_ready_queue_does_not_grow_with_it() -> None:
+    store = CountingStore()
+    state = State(store, 0, 1)
+    scope = tables.ready("q", "t")
+    for n in range(5_000):
+        state.put(scope, tables.place(5, n), Ready(task_id=f"q/{n}"))
+    store.apply(state.writes())
+    state.committed()
+    store.read = 0
+    for n in range(5_000):
+        assert state.first_ready(scope) == (tables.place(5, n), f"q/{n}")
+        assert store.read <= n + ready_front.PLACES
+        state.put(scope, tables.place(5, n), None)
+        state.put(scope, tables.place(4, n), Ready(task_id=f"q/later-{n}"))
+    assert state.first_ready(scope) == (tables.place(4, 0), "q/later-0")
+
+
+def test_timers_that_are_gone_are_not_looked_through_again() -> None:
+    store = CountingStore()
+    state = State(store, 0, 1)
+    for due in (1, 2, 3):
+        state.put(tables.TIMERS, tables.timer(due, "run", "t"), Timer(task_id="t", kind="run"))
+    store.apply(state.writes())
+    state.committed()
+    state.put(tables.TIMERS, tables.timer(1, "run", "t"), None)
+    state.look_for_timers()
+    store.starts.clear()
+    state.look_for_timers()
+    assert (state.next_timer, store.starts) == (2, [tables.number(2)] * 2)
+
+
+class CountingStore(MemoryStore):
+    """Says how much is read of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.read = 0
+        self.starts: list[bytes] = []
+
+    def scan(self, prefix: bytes, start: bytes = b"") -> Iterator[tuple[bytes, bytes]]:
+        self.starts.append(start)
+        for found in super().scan(prefix, start):
+            self.read += 1
+            yield found
 
 
 def test_what_is_derived_from_rows_follows_undo_and_rollback() -> None:
