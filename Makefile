@@ -3,8 +3,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 WORKERS ?= 2
+MINUTES ?= 5
 
-.PHONY: demo test test-slow lint types bench fmt clean
+.PHONY: demo test test-slow lint types bench chaos fmt clean
 
 demo: $(VENV)/.installed ## a real long task on a real Kafka, with kills and a proof at the end
 	$(BIN)/perdure demo
@@ -24,6 +25,9 @@ types: $(VENV)/.installed-test
 
 bench: $(VENV)/.installed-test ## the figures of docs/benchmarks.md
 	$(BIN)/python -m benchmarks
+
+chaos: $(VENV)/.installed-test ## faults of every kind under load, and the proof after them: see docs/chaos.md
+	$(BIN)/python -m tests.chaos --minutes $(MINUTES) $(if $(SEED),--seed $(SEED))
 
 fmt: $(VENV)/.installed-test
 	$(BIN)/ruff check --fix .

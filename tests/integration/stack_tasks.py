@@ -115,3 +115,37 @@ async def steady(ctx: AsyncContext, gate: str, number: int, of: int) -> int:
         ctx.progress((number + 1) / (of + 1), step=f"number {number}")
         await asyncio.sleep(0.2)
     return number
+
+
+@task(queue=QUEUE, checkpoint_interval="1s", retry=Retry(max_attempts=3, backoff="fixed", delay="20ms", jitter=False))
+def walk(ctx: Context, witness: str, count: int, seconds: float, stumbles: int = 0) -> int:
+    """A step for each of `count` items; the sum of their numbers. Stumbles half way in its first `stumbles` attempts."""
+
+    def item(number: int) -> int:
+        note(witness, "item", ctx.task_id, ctx.epoch, number)
+        time.sleep(seconds)
+        return number
+
+    ctx.state.setdefault("total", 0)
+    for number in ctx.track(range(count), name="items"):
+        ctx.state["total"] += ctx.step("item", item, number)
+        if number == count // 2 and ctx.attempt <= stumbles:
+            raise ConnectionError(f"stumbled in attempt {ctx.attempt}")
+    return int(ctx.state["total"])
+
+
+@task(queue=QUEUE, checkpoint_interval="1s", retry=Retry(max_attempts=3, backoff="fixed", delay="20ms", jitter=False))
+async def drift(ctx: AsyncContext, witness: str, count: int, seconds: float, stumbles: int = 0) -> int:
+    """As `walk`, in a process that it shares with others."""
+
+    async def item(number: int) -> int:
+        note(witness, "item", ctx.task_id, ctx.epoch, number)
+        await asyncio.sleep(seconds)
+        return number
+
+    ctx.state.setdefault("total", 0)
+    async for number in ctx.track(range(count), name="items"):
+        ctx.state["total"] += await ctx.step("item", item, number)
+        if number == count // 2 and ctx.attempt <= stumbles:
+            raise ConnectionError(f"stumbled in attempt {ctx.attempt}")
+    return int(ctx.state["total"])

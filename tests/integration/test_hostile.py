@@ -18,7 +18,7 @@ from perdure.schemas import codec, commands, limits, reports, topics
 from perdure.schemas.common import Usage
 from perdure.schemas.errors import NotFound
 from perdure.schemas.signing import Keys, signed
-from tests.integration.stack import FAULTY, QUEUE, Stack, stack_on, until
+from tests.integration.stack import FAULTY, QUEUE, Seen, Stack, stack_on, until
 
 pytestmark = pytest.mark.kafka
 COUNT = 10_000
@@ -305,13 +305,13 @@ def _producers(stack: Stack) -> Iterator[list[Producer]]:
 
 
 def _all_ended(stack: Stack, places: set[Place]) -> Counter[tuple[Place, str]] | None:
-    found = _endings(stack, places)
+    found = endings(stack.tail(topics.QUARANTINE.name).look(), stack.tail(topics.EVENTS.name).look(), places)
     return found if {place for place, _ in found} == places else None
 
 
-def _endings(stack: Stack, places: set[Place]) -> Counter[tuple[Place, str]]:
+def endings(quarantined: list[Seen], events: list[Seen], places: set[Place]) -> Counter[tuple[Place, str]]:
     """(record, where it has ended) -> how often, for the records in these places. Forwarded ones count at their origin."""
-    journeys = _journeys(stack)
+    journeys = _journeys(events)
 
     def origin(place: Place) -> Place:
         while place in journeys:
@@ -319,9 +319,9 @@ def _endings(stack: Stack, places: set[Place]) -> Counter[tuple[Place, str]]:
         return place
 
     ended: Counter[tuple[Place, str]] = Counter()
-    for s in stack.tail(topics.QUARANTINE.name).look():
+    for s in quarantined:
         ended[origin((s.message.partition, s.message.offset)), "quarantine"] += 1
-    for s in stack.tail(topics.EVENTS.name).look():
+    for s in events:
         kind = {"CommandRejected": "command_rejected", "ReportRejected": "report_rejected"}.get(
             type(s.message).__name__
         )
@@ -330,9 +330,8 @@ def _endings(stack: Stack, places: set[Place]) -> Counter[tuple[Place, str]]:
     return Counter({(place, kind): n for (place, kind), n in ended.items() if place in places})
 
 
-def _journeys(stack: Stack) -> dict[Place, Place]:
+def _journeys(seen: list[Seen]) -> dict[Place, Place]:
     """Place of a forwarded record -> place of the record that it was forwarded for."""
-    seen = stack.tail(topics.EVENTS.name).look()
     queued = {
         (s.record.partition, s.message.target, s.message.number): (s.message.cause.partition, s.message.cause.offset)
         for s in seen
