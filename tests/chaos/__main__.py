@@ -12,6 +12,7 @@ import os
 import sys
 import tempfile
 import time
+from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 
@@ -59,8 +60,8 @@ def _report(c: Campaign, violations: list[Violation], skipped: dict[str, str], f
     print(_table(c.tallies))
     for kind, why in skipped.items():
         print(f"not injected here: {kind}: {why}")
-    for end in c.ends:
-        print(f"ended by itself: {end.name}, code {end.code}, during {end.fault}: {end.words}")
+    for end, times in Counter(c.ends).items():
+        print(f"ended by itself, {times} times: {end.name}, code {end.code}, during {end.fault}: {end.words}")
     for violation in violations:
         print(f"VIOLATION: {violation.what}")
     faults = sum(t.times for t in c.tallies.values())

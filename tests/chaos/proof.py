@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -30,16 +31,14 @@ def proved(c: Campaign) -> Iterator[Violation]:
             yield Violation(f"{task}: accepted and lost")
             continue
         executions = c.witness.executions.get(task, [])
-        yield from (
-            Violation(f"{task}: {what}") for what in (*_wrong_life(wanted, life), *_wrong_work(life, executions))
-        )
+        yield from (Violation(f"{task}: {what}") for what in (*wrong_life(wanted, life), *wrong_work(life, executions)))
     for command, reason in c.observer.refused.items():
         if command.startswith("probe/"):
             yield Violation(f"{command} was refused: {reason}")
     yield from _hostile(c)
 
 
-def _wrong_life(wanted: Wanted, life: Life) -> Iterator[str]:
+def wrong_life(wanted: Wanted, life: Life) -> Iterator[str]:
     """What is wrong with what has become of it."""
     if life.end == "TaskCancelled" and wanted.cancelled:
         return
@@ -57,7 +56,7 @@ def _wrong_life(wanted: Wanted, life: Life) -> Iterator[str]:
     yield from (f"has {life.kinds[kind]} {kind}" for kind in once if life.kinds[kind] != 1)
 
 
-def _wrong_work(life: Life, executions: list[tuple[int, Execution]]) -> Iterator[str]:
+def wrong_work(life: Life, executions: list[tuple[int, Execution]]) -> Iterator[str]:
     """CONTRACT section 5: no execution after the step was recorded, and each execution too many has a reason.
 
     What a worker that stood still does in its old epoch, before it hears that it is over, is no execution by the task.
@@ -76,14 +75,20 @@ def _wrong_work(life: Life, executions: list[tuple[int, Execution]]) -> Iterator
         if numbers[: len(recorded_here)] != recorded_here:
             yield f"epoch {epoch} ran {numbers}, and {recorded_here} are recorded: not the first ones"
         lost = len(numbers) - len(recorded_here)
-        why = life.over.get(epoch)
-        allowed = {"crashed": 1, None: 0}.get(
-            why, lost
-        )  # a lease that is over takes with it what the engine had not read
-        if lost > allowed:
-            yield f"{lost} executions of epoch {epoch}, which ended by {why}, are not recorded"
-    if strays := life.steps.keys() - {number for numbers in done.values() for number in numbers}:
-        yield f"steps {sorted(strays)} are recorded and never ran"
+        if lost > _allowed(life, epoch):
+            yield f"{lost} executions of epoch {epoch}, which ended by {life.over.get(epoch)}, are not recorded"
+    strays = [number for number, (epoch, _) in life.steps.items() if number not in done.get(epoch, ())]
+    if strays:
+        yield f"steps {strays} are recorded and never ran in that epoch"
+
+
+def _allowed(life: Life, epoch: int) -> float:
+    """Executions that nothing is recorded of: one for a kill; what the engine had not read yet when a lease was over."""
+    if epoch == life.epoch and life.end == "TaskCompleted":
+        return 0
+    if epoch == life.epoch and life.end == "TaskCancelled":
+        return math.inf  # a lease that is over while the task is being cancelled has no event of its own
+    return 1 if life.over.get(epoch) in (None, "crashed", "drained") else math.inf
 
 
 def _hostile(c: Campaign) -> Iterator[Violation]:
