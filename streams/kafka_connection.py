@@ -46,7 +46,7 @@ class Connection:
 
         def ask(admin: AdminClient) -> str:
             described = admin.describe_topics(TopicCollection([name]), request_timeout=ASK_S)
-            return str(described[name].result().topic_id)
+            return as_kafka_writes(str(described[name].result().topic_id))
 
         return self.ask(ask, f"no description of topic {name}")
 
@@ -147,6 +147,11 @@ _PASSING = frozenset(
         KafkaError._STATE,
     }
 )
+
+
+def as_kafka_writes(topic_id: str) -> str:
+    """A topic id in Kafka's own notation, which is safe in names of files and blobs; librdkafka's has `+` and `/`."""
+    return topic_id.replace("+", "-").replace("/", "_")
 
 
 def patiently(call: Callable[[], T], what: str) -> T:
