@@ -11,7 +11,7 @@ import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from queue import Empty, SimpleQueue
-from typing import Any
+from typing import Any, TypeVar
 
 from confluent_kafka import KafkaError, KafkaException, Message, Producer, TopicPartition
 
@@ -22,6 +22,7 @@ from perdure.streams.kafka_connection import CALL_S, Connection, quiet, sorted_e
 from perdure.streams.log import OnAck, OutcomeUnknown, TransactionAborted, check_size
 from perdure.streams.log import TopicPartition as Where
 
+T = TypeVar("T")
 _SLOW_COMMIT_S = 10.0
 """Nobody knows what has become of a request for so long."""
 _LOST = frozenset({"FAIL", "REQTMOUT"})
@@ -30,6 +31,9 @@ _NEVER_MADE = "in state CONNECT"
 _OFFSETS_S = 3.0
 """How long the group's coordinator may take; see `_Bounded`."""
 _INIT_S = 10.0
+_END_S = 5.0
+"""How long the records of a transaction may take to get out, and then its end. After a broker's outage one producer in
+four did neither for ever (the issues of `_Bounded`); a new one settles what has become of the transaction at once."""
 _PRODUCER: dict[str, Any] = {
     "enable.idempotence": True,
     "acks": "all",
@@ -135,13 +139,13 @@ def _serve(calls: SimpleQueue[Callable[[], Any] | None], ends: SimpleQueue[BaseE
         del call  # it holds the producer, which would keep the caller's end from coming
 
 
-def _plainly(call: Callable[[], Any]) -> None:
+def _plainly(call: Callable[[], T]) -> T:
     """Call. Raises `KafkaException` also where a fatal error and an acknowledgement came in one go.
 
     The client library raises the first and calls back for the second all the same, which Python does not allow.
     """
     try:
-        call()
+        return call()
     except SystemError as error:
         if isinstance(error.__cause__, KafkaException):
             raise error.__cause__ from error
@@ -221,17 +225,18 @@ class KafkaTransactional:
             lambda: self._producer.send_offsets_to_transaction(positions, group, CALL_S), _OFFSETS_S
         ))  # fmt: skip
         failpoints.passed("after-offsets")
-        self._call("flush", lambda: self._producer.flush(15.0))
+        if self._call("flush", lambda: self._producer.flush(_END_S)):
+            raise OutcomeUnknown(f"the records of {self._name} have not got out within {_END_S:g} s")
         failpoints.entered("in-commit")
-        self._end("commit", lambda: self._producer.commit_transaction(30.0))
+        self._end("commit", lambda: self._producer.commit_transaction(_END_S))
 
     def abort(self) -> None:
-        self._end("abort", lambda: self._producer.abort_transaction(30.0))
+        self._end("abort", lambda: self._producer.abort_transaction(_END_S))
 
     def _end(self, doing: str, call: Callable[[], Any]) -> None:
         """Commit or abort, and find out whether the request was sent more than once."""
         began = time.monotonic()
-        self._call(doing, call)
+        self._call(doing, call, _END_S)
         self._call(doing, lambda: self._producer.poll(0))
         self._suspect = self._link.lost or time.monotonic() - began >= _SLOW_COMMIT_S
 
@@ -241,15 +246,14 @@ class KafkaTransactional:
         with suppress(InfrastructureError):
             self._call("close", lambda: self._producer.flush(0.5))
 
-    def _call(self, doing: str, call: Callable[[], Any]) -> None:
+    def _call(self, doing: str, call: Callable[[], T], patience_s: float = 60.0) -> T:
         """Call, and again while the error is retriable. Raises ours; once fenced, always fenced."""
         if self._fenced is not None:
             raise self._fenced
-        deadline = time.monotonic() + 60.0
+        deadline = time.monotonic() + patience_s
         while True:
             try:
-                _plainly(call)
-                return
+                return _plainly(call)
             except KafkaException as error:
                 if not (error.args[0].retriable() and time.monotonic() < deadline):
                     ours = sorted_error(error, f"{doing} ({self._name})")

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import gc
 import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 from confluent_kafka import Producer, TopicPartition
@@ -11,7 +14,9 @@ from confluent_kafka import Producer, TopicPartition
 from perdure.schemas import topics
 from perdure.streams.kafka_consumers import KafkaMember
 from perdure.streams.kafka_log import KafkaLog
+from perdure.streams.log import OutcomeUnknown
 from perdure.streams.topology import create_topics
+from tests.chaos.proxy import proxied_kafka
 from tests.integration.stack import until
 
 pytestmark = pytest.mark.kafka
@@ -48,6 +53,34 @@ def test_a_producer_that_nobody_has_any_more_leaves_no_thread(kafka_bootstrap: s
         log.transactional("engine.0")
     gc.collect()
     until("the end of their threads", lambda: threading.active_count() <= before)
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("end", ["commit", "abort"])
+def test_a_transaction_whose_broker_says_nothing_is_given_up(tmp_path: Path, end: str) -> None:
+    """After an outage a producer may never find its coordinator again; waiting for it held a partition for 75 s."""
+    with proxied_kafka(tmp_path) as (kafka, proxy):
+        create_topics(kafka.bootstrap, "t.", partitions=1)
+        member = _joined(KafkaLog(kafka.bootstrap, "t."))
+        producer = KafkaLog(proxy.bootstrap, "t.").transactional("engine.0")
+        producer.begin()
+        producer.append(topics.EVENTS.name, 0, b"key", b"value")
+        told = producer._bounded.call
+
+        def then_silence(call: Callable[[], Any], timeout_s: float) -> None:
+            told(call, timeout_s)
+            proxy.blackhole()
+
+        producer._bounded.call = then_silence  # type: ignore[method-assign]
+        with pytest.raises(OutcomeUnknown):
+            if end == "commit":
+                producer.commit(member, {(topics.COMMANDS.name, 0): 1})
+            else:
+                producer._bounded.call(lambda: producer._producer.flush(10.0), 10.0)
+                producer.abort()
+        proxy.heal()
+        KafkaLog(proxy.bootstrap, "t.").transactional("engine.0").close()
+        member.close()
 
 
 def _joined(log: KafkaLog) -> KafkaMember:
