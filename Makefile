@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 WORKERS ?= 2
 MINUTES ?= 5
 
-.PHONY: demo test test-slow lint types bench chaos fmt clean
+.PHONY: demo test test-slow lint types bench bench-peers chaos fmt clean
 
 demo: $(VENV)/.installed ## a real long task on a real Kafka, with kills and a proof at the end
 	$(BIN)/perdure demo
@@ -26,8 +26,13 @@ types: $(VENV)/.installed-test
 bench: $(VENV)/.installed-test ## the figures of docs/benchmarks.md
 	$(BIN)/python -m benchmarks
 
+<<<<<<< HEAD
 chaos: $(VENV)/.installed-test ## faults of every kind under load, and the proof after them: see docs/chaos.md
 	$(BIN)/python -m tests.chaos --minutes $(MINUTES) $(if $(SEED),--seed $(SEED))
+=======
+bench-peers: $(VENV)/.installed-test ## Perdure beside what people use today; about two hours, and large downloads
+	$(BIN)/python -m benchmarks.peers
+>>>>>>> 3374380 (Beside the peers: one command installs, runs and shows them in turn)
 
 fmt: $(VENV)/.installed-test
 	$(BIN)/ruff check --fix .

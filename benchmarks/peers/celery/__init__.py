@@ -1,0 +1,1 @@
+"""Celery + Redis, as a peer."""

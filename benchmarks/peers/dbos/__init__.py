@@ -1,0 +1,1 @@
+"""DBOS + PostgreSQL, as a peer."""

@@ -1,0 +1,1 @@
+"""Dramatiq + Redis, as a peer."""

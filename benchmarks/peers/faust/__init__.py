@@ -1,0 +1,1 @@
+"""Faust, as a peer of the stream workload."""

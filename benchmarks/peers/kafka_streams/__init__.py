@@ -1,0 +1,1 @@
+"""Kafka Streams, as a peer of the stream workload."""

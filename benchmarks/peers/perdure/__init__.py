@@ -1,0 +1,1 @@
+"""Perdure itself, in the same rounds."""

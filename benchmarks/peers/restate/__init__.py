@@ -1,0 +1,1 @@
+"""Restate, as a peer."""

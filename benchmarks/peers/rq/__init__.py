@@ -1,0 +1,1 @@
+"""RQ + Redis, as a peer."""
