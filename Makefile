@@ -26,13 +26,10 @@ types: $(VENV)/.installed-test
 bench: $(VENV)/.installed-test ## the figures of docs/benchmarks.md
 	$(BIN)/python -m benchmarks
 
-<<<<<<< HEAD
 chaos: $(VENV)/.installed-test ## faults of every kind under load, and the proof after them: see docs/chaos.md
 	$(BIN)/python -m tests.chaos --minutes $(MINUTES) $(if $(SEED),--seed $(SEED))
-=======
 bench-peers: $(VENV)/.installed-test ## Perdure beside what people use today; about two hours, and large downloads
 	$(BIN)/python -m benchmarks.peers
->>>>>>> 3374380 (Beside the peers: one command installs, runs and shows them in turn)
 
 fmt: $(VENV)/.installed-test
 	$(BIN)/ruff check --fix .

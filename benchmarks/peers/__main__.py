@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -32,6 +33,7 @@ def say(text: str) -> None:
 
 
 def main() -> int:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))  # what was started has to be ended here too
     asked = _arguments()
     if asked.skip_install:
         cache.forbid_installs()
@@ -41,8 +43,7 @@ def main() -> int:
         raise SystemExit(f"no such peer: {', '.join(sorted(strays))}; there are {', '.join(names)}")
     chosen = [peer for peer in everyone if not asked.peers or peer.name in asked.peers]
     counts = loads.Counts(asked.tasks, asked.starts, asked.steps)
-    known = Results.load(asked.out) if (asked.peers or asked.workloads) and asked.out.exists() else None
-    results = known or Results.begin(vars(counts), asked.provisional)
+    results = _begun(asked, vars(counts))
     ready = [peer for peer in chosen if _installed(peer, results, asked.workloads)]
     for run in range(1, asked.runs + 1):
         for peer in ready:
@@ -57,6 +58,17 @@ def main() -> int:
         subprocess.run([plots, "-m", "benchmarks.peers.plots", page.PAGE.parent], cwd=ROOT, check=True)
         say(f"written to {FILE.name} and {page.PAGE.name}")
     return 0
+
+
+def _begun(asked: argparse.Namespace, counts: dict[str, int]) -> Results:
+    """A part of it goes on in the file that is there; the whole begins a new one."""
+    if not (asked.peers or asked.workloads) or not asked.out.exists():
+        return Results.begin(counts, asked.provisional)
+    known = Results.load(asked.out)
+    if known.counts != counts:
+        raise SystemExit(f"{asked.out.name} was measured with {known.counts}, not with {counts}: they do not compare")
+    known.machine["provisional"] = asked.provisional or known.machine["provisional"]
+    return known
 
 
 def _arguments() -> argparse.Namespace:

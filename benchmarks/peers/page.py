@@ -50,14 +50,16 @@ def section(results: Results) -> str:
 
 def _introduction(results: Results) -> str:
     machine = results.machine
+    here = (
+        f"{machine['cores']} cores ({machine['processor']}), {machine['memory_gb']} GB, Linux {machine['kernel']}, "
+        f"Python {machine['python']}; load of the machine before the first run: {machine['load_before']}"
+    )
     text = (
-        f"`make bench-peers` installs each peer into a cache of its own, runs everything on this machine in turn, "
-        f"and writes this section; no figure in it is typed by hand. Measured {machine['date']} on {machine['cores']} "
-        f"cores ({machine['processor']}), {machine['memory_gb']} GB, Linux {machine['kernel']}, "
-        f"Python {machine['python']}; "
-        f"load of the machine before the first run: {machine['load_before']}. In each round every peer is started on "
-        f"empty data, warmed for seconds, measured and stopped before the next. Figures are medians, in brackets the "
-        f"least and the greatest run and the number of runs. Read differences below a factor of {_NOISE} as none."
+        f"`make bench-peers` installs each peer into a cache of its own, runs everything on one machine in turn, and "
+        f"writes this section; no figure in it is typed by hand. Measured {machine['date']} on {here}. In each round "
+        f"every peer is started on empty data, warmed for seconds, measured and stopped before the next. Figures are "
+        f"medians, in brackets the least and the greatest run and the number of runs. Read differences below a factor "
+        f"of {_NOISE} as none."
     )
     if machine["provisional"]:
         text += f"\n\n**These figures are provisional: {machine['provisional']}.**"

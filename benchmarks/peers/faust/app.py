@@ -13,7 +13,7 @@ app = faust.App(
 )  # fmt: skip
 source = app.topic("input", value_serializer="json", key_serializer="raw", partitions=4)
 output = app.topic("output", value_serializer="json", key_serializer="raw", partitions=4)
-rows = app.Table("rows", default=None, partitions=4, options={"driver": "rocksdict"})
+rows = app.Table("rows", partitions=4, options={"driver": "rocksdict"})
 
 
 @app.agent(source)
@@ -21,7 +21,7 @@ async def count(stream: faust.Stream) -> None:
     """Count each record's key and keep its payload."""
     async for key, value in stream.items():
         name = key.decode()
-        before = rows[name]
+        before = rows.get(name)
         number = 1 + (0 if before is None else before["count"])
         rows[name] = {"count": number, "last": value, "note": _NOTE}
         await output.send(key=key, value={"key": name, "count": number})

@@ -21,7 +21,7 @@ class Faust(StreamPeer):
     exactly_once = False
 
     def command(self) -> list[str | Path]:
-        return [self.python, "-m", "benchmarks.peers.faust.app", "worker", "--loglevel", "warning"]
+        return [self.python, "-m", "benchmarks.peers.faust.app", "worker", "--loglevel", "warn"]
 
 
 PEERS = (Faust(),)

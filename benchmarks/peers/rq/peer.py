@@ -37,6 +37,8 @@ class RqSimple(Rq):
     name = "rq-simple"
     title = "RQ + Redis, SimpleWorker"
     worker_class = "rq.SimpleWorker"
+    workloads = ("W1", "W2", "W3", "W5")
+    not_run = {"W4": "see the forking worker; this one's killed jobs are found no sooner"}  # noqa: RUF012
     settings = Rq.settings.replace("a fork for each job (default)", "jobs run in the worker's own process")
 
 
