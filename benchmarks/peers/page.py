@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from benchmarks.peers.processes import ROOT
-from benchmarks.peers.reasons import REASONS
+from benchmarks.peers.reasons import reason
 from benchmarks.peers.results import STREAM, TASKS, Figure, Measured, Results
 
 PAGE = ROOT / "docs" / "benchmarks.md"
@@ -134,8 +134,7 @@ def _standings(results: Results, figures: Sequence[Figure], ours: str) -> list[s
 
 
 def _why(results: Results, figure: Figure, name: str, value: float) -> str:
-    reason = REASONS.get((figure.workload, name), "why is not known")
-    return f"{results.peers[name].title} ({figure.text(value)}): {reason}"
+    return f"{results.peers[name].title} ({figure.text(value)}): {reason(figure, name)}"
 
 
 def _settings(results: Results) -> str:
