@@ -14,8 +14,8 @@ _OWN = (
     "are granted anew"
 )
 _PUSHED = (
-    "its server calls the worker over a connection that is open; Perdure's submit goes through Kafka twice, as a command "
-    "and as a grant, and each is fetched by another process"
+    "its server calls the worker over a connection that is open; Perdure's submit goes through Kafka twice, as a "
+    "command and as a grant, and each is fetched by another process"
 )
 _REDIS = "Redis is one small C program; Perdure brings a broker on the JVM, an engine and a server with projections"
 _ONE = "one server program; Perdure has a broker on the JVM, an engine and a server with projections"
