@@ -28,6 +28,7 @@ bench: $(VENV)/.installed-test ## the figures of docs/benchmarks.md
 
 chaos: $(VENV)/.installed-test ## faults of every kind under load, and the proof after them: see docs/chaos.md
 	$(BIN)/python -m tests.chaos --minutes $(MINUTES) $(if $(SEED),--seed $(SEED))
+
 bench-peers: $(VENV)/.installed-test ## Perdure beside what people use today; about two hours, and large downloads
 	$(BIN)/python -m benchmarks.peers
 
