@@ -322,7 +322,7 @@ def test_no_file_names_a_machine_or_a_registry() -> None:
 WRITERS = {
     "clients": {"perdure/client.py", "perdure/server_main.py"},
     "workers": {"perdure/session.py", "perdure/reporter.py", "perdure/worker_logs.py", "perdure/testing_worker.py"},
-    "CLI": {"perdure/catalog.py", "streams/topology.py"},
+    "CLI": {"perdure/catalog.py", "perdure/cli_upgrade.py", "streams/topology.py"},
     "API": {"perdure/server_main.py"},
     "engine hosts": {"streams/duties.py", "streams/host.py"},
     "engine": {"streams/engine.py", "streams/local_engine.py", "streams/processor.py", "streams/rebuild.py"},

@@ -16,6 +16,7 @@ import psutil
 from confluent_kafka import Producer
 
 from perdure.schemas import codec, commands, topics
+from perdure.schemas.errors import DecodeError
 from perdure.schemas.signing import signed
 from perdure.streams.failpoints import POINTS, VARIABLE
 from perdure.streams.log import BEGIN
@@ -440,7 +441,7 @@ def _is_ours(value: bytes | None) -> bool:
         return False
     if value.startswith(b"{"):
         return b'"command_id": "probe/' in value or b'"command_id": "chaos-' in value
-    with suppress(Exception):
+    with suppress(DecodeError):
         return type(codec.decode(value)).__name__ != "SubmitTask"
     return False
 
