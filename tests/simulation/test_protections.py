@@ -60,7 +60,7 @@ PROTECTIONS = {
         attempts._fault_of_step, "known is not None and not _may_rerun(s, task_id, known, report)", "False"
     ),
     "forwarded records are numbered": Protection(
-        routing.is_next, 'record.number == s.counter(f"taken/{record.source}") + 1', "True"
+        routing.is_next, 'record.number == s.counter(f"taken/{record.source}") + 1', "True", seed=2
     ),
     "forwarded records are sent again": Protection(
         Duties._send_outbox, "now - way.since >= limits.FORWARD_RESEND_MS or way.since > now", "False"
@@ -69,7 +69,10 @@ PROTECTIONS = {
         decide._host, 'yield Acknowledge(record.source, s.counter(f"taken/{record.source}"))', "return"
     ),
     "answers are kept": Protection(
-        decide._execute, "stored: rows.Answer | None = s.get(scope, suffix)", "stored: rows.Answer | None = None"
+        decide._execute,
+        "stored: rows.Answer | None = s.get(scope, suffix)",
+        "stored: rows.Answer | None = None",
+        seed=17,
     ),
     "an older configuration is not applied": Protection(
         decide._apply_config, "known is not None and known.version >= record.version", "False", seed=4
