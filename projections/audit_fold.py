@@ -52,6 +52,8 @@ class Fold:
         """Target -> the first number in its outbox, or the next to come."""
         self._offset = self._ahead = 0
         self._unbound: dict[str, int] = {}
+        self._shared: dict[bytes, Any] = {}
+        """Policies: many tasks have the same one."""
 
     def give_up(self) -> None:
         """A rule is broken by the partition's own events: its own rows, and its time, are not followed any more."""
@@ -102,6 +104,7 @@ class Fold:
         if name == "TaskSubmitted":
             task.row = _NEW_ROW | {"order": e["order"]}
             task.spec = slim({f: e[f] for f in _SPEC} | {"submitted_at": e["at"]})
+            task.spec["policy"] = self._shared.setdefault(digest(e["policy"]), e["policy"])
         if task.row is None:
             return
         _TaskFold(self, task, e).apply(name)
