@@ -51,7 +51,10 @@ class Decoder:
     def __init__(self) -> None:
         self._schemas = dict(_shipped())
         self._wanted: dict[bytes, Any] = {}
-        """Fingerprint of another build's schema -> the shipped one: what that build has added is passed over."""
+        """Fingerprint of another build's schema -> the present one: what a newer build has added is passed over, and
+        what an older one does not know has its default."""
+        for text in _texts(old=True):
+            self.learn(text)
 
     def learn(self, text: str) -> None:
         """Take in a schema that `config` publishes, as JSON text."""
@@ -91,10 +94,15 @@ class Decoder:
 
 @cache
 def _shipped() -> dict[bytes, Any]:
-    """The schemas of the package by their fingerprints."""
-    groups = [group for group in (files("perdure.schemas") / "avro").iterdir() if group.is_dir()]
-    found = [file for group in groups for file in group.iterdir() if file.name.endswith(".avsc")]
-    return dict(_parsed(file.read_text()) for file in found)
+    """The package's present schemas by their fingerprints."""
+    return dict(_parsed(text) for text in _texts(old=False))
+
+
+@cache
+def _texts(*, old: bool) -> list[str]:
+    """The package's schema files: of released builds' records that have changed since, or all others."""
+    groups = [g for g in (files("perdure.schemas") / "avro").iterdir() if g.is_dir() and (g.name == "old") == old]
+    return [file.read_text() for group in groups for file in group.iterdir() if file.name.endswith(".avsc")]
 
 
 def _parsed(text: str) -> tuple[bytes, Any]:
