@@ -45,12 +45,13 @@ def refused(stack: Stack, host: str) -> str:
 
 def test_deleted_records_are_no_loss_to_who_has_read_them_and_a_refusal_to_others(stack: Stack) -> None:
     _, end = stack.log.offsets(CHANGELOG.name, 0)
-    where = TopicPartition(CHANGELOG.on(stack.prefix), 0, end)
+    read = end - 1  # the last one is the mark of a commit, which nobody reads
+    where = TopicPartition(CHANGELOG.on(stack.prefix), 0, read)
     configure(stack, {"cleanup.policy": "delete"})  # from a topic that is only compacted a broker deletes nothing
     stack.log.admin().delete_records([where])[where].result(30)
     configure(stack, {"cleanup.policy": "compact"})
     said = refused(stack, "new-host")
-    assert f"{CHANGELOG.name}/0 begins at {end}, but the local store has read only up to 0" in said
+    assert f"{CHANGELOG.name}/0 begins at {read}, but the local store has read only up to 0" in said
     engine = stack.engine()
     with traffic_on(stack, engine) as traffic:
         traffic.flows()
@@ -103,11 +104,11 @@ def test_compaction_takes_nothing_from_a_restore_under_way(stack: Stack, monkeyp
         """A newer segment is needed for the older ones to be cleaned: a key that no engine has, again and again."""
         others.produce(CHANGELOG.on(stack.prefix), None, b"\xfeothers", partition=0)
         assert others.flush(30) == 0
-        return kept(stack) < before / 2
+        return kept(stack) - len(wanted) < (before - len(wanted)) / 2
 
-    until("the compaction", compacted, 90.0)
+    until("the end of half of the rows that are outdated", compacted)
     _to_the_end(shard)
-    assert {k: v for k, v in store.scan(b"") if not k.startswith(META)} == wanted
+    assert {k: v for k, v in store.scan(b"") if not k.startswith((META, b"\xfeothers"))} == wanted
     shard.close()
 
 

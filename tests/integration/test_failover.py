@@ -97,6 +97,25 @@ def test_who_joins_and_leaves_while_state_is_restored_is_right_in_the_end(stack:
     equal(stack, slow, "slow")
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_storm_of_joins_and_leaves(stack: Stack) -> None:
+    """Hosts come before the last one's session is over, and go by a kill or in order, by turns."""
+    steady = host(stack, "steady").start()
+    with traffic_on(stack, steady) as traffic:
+        shared_out(stack, steady)
+        for number in range(6):
+            guest = host(stack, f"guest-{number}").start()
+            shared_out(stack, guest)
+            if number % 2:
+                guest.kill()
+            else:
+                assert guest.stop() == 0
+        traffic.flows()
+        traffic.stop()
+    equal(stack, steady, "steady")
+
+
 def test_two_hosts_on_copies_of_one_state_directory_are_told(stack: Stack) -> None:
     """Both are the same member to the group: one of them ends, and says why."""
     original = host(stack, "a").start()
