@@ -12,6 +12,7 @@ import types
 import typing
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields, is_dataclass
+from functools import lru_cache
 from itertools import groupby
 from typing import Annotated, Any, get_args, get_origin
 
@@ -41,8 +42,9 @@ _LONG_MIN, _LONG_MAX = -(1 << 63), (1 << 63) - 1
 _pack_double = struct.Struct("<d").pack
 
 
+@lru_cache(maxsize=16_384, typed=True)
 def long(n: int) -> bytes:
-    """A zigzag varint. Raises `ValueError` outside of 64 bits."""
+    """A zigzag varint. Raises `ValueError` outside of 64 bits. Most are times, and the same ones again and again."""
     if not _LONG_MIN <= n <= _LONG_MAX:
         raise ValueError(f"{n} does not fit into 64 bits")
     z = (n << 1) ^ (n >> 63)

@@ -127,7 +127,7 @@ def grant_token(engine_key: bytes, task_id: str, epoch: int, session: str) -> by
     """
     task, who = task_id.encode(), session.encode()
     text = len(task).to_bytes(4, "big") + task + epoch.to_bytes(8, "big", signed=True) + who
-    return hmac.new(engine_key, text, hashlib.sha256).digest()
+    return hmac.digest(engine_key, text, "sha256")
 
 
 def tokens_equal(one: bytes, other: bytes) -> bool:

@@ -6,7 +6,6 @@ are the signature and all before them is what is signed, schema fingerprint incl
 
 from __future__ import annotations
 
-import hashlib
 import hmac
 import itertools
 import json
@@ -92,7 +91,7 @@ def _with_newer(keys: dict[str, bytes], prefix: str) -> dict[str, bytes]:
 def signed(message: Any, key_id: str, key: bytes) -> bytes:
     """The encoded record with its signature in place."""
     data = encode(replace(message, key_id=key_id, hmac=bytes(DIGEST)))
-    return data[:-DIGEST] + hmac.new(key, data[:-_TAIL], hashlib.sha256).digest()
+    return data[:-DIGEST] + hmac.digest(key, data[:-_TAIL], "sha256")
 
 
 def authentic(data: bytes, message: Any, keys: dict[str, bytes]) -> bool:
@@ -100,4 +99,4 @@ def authentic(data: bytes, message: Any, keys: dict[str, bytes]) -> bool:
     key = keys.get(message.key_id)
     if key is None or len(message.hmac) != DIGEST or data[-_TAIL:-DIGEST] != _LENGTH:
         return False
-    return hmac.compare_digest(message.hmac, hmac.new(key, data[:-_TAIL], hashlib.sha256).digest())
+    return hmac.compare_digest(message.hmac, hmac.digest(key, data[:-_TAIL], "sha256"))

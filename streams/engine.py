@@ -30,6 +30,7 @@ from perdure.streams.decision import (
     Acknowledge,
     Moment,
     Note,
+    Output,
     Outputs,
     Quarantine,
     Reply,
@@ -37,7 +38,7 @@ from perdure.streams.decision import (
     ToWorker,
     feature_level,
 )
-from perdure.streams.evolve import evolve
+from perdure.streams.evolve import HANDLED, evolve
 from perdure.streams.log import Record
 from perdure.streams.processor import Out
 from perdure.streams.state import State
@@ -114,12 +115,14 @@ class Engine:
     def _grant(self, record: Record) -> None:
         """Grant what has become possible."""
         moment = self._moment(record)
-        begin = len(self._out)
+        size = 0
         for _ in range(GRANTS_AT_ONCE):
-            if not self.state.grantable or sum(len(o.value or b"") for o in self._out[begin:]) > limits.OUTPUT_MAX:
+            if not self.state.grantable or size > limits.OUTPUT_MAX:
                 return
+            begin = len(self._out)
             self.state.grantable = False
             self.state.grantable = self._take(record, ready_queue.next_grant(self.state, moment))
+            size += sum(len(o.value or b"") for o in self._out[begin:])
 
     def _moment(self, record: Record) -> Moment:
         cause = Cause(partition=record.partition, offset=record.offset)
@@ -179,27 +182,32 @@ class Engine:
 
     def _take(self, record: Record, outputs: Outputs) -> bool:
         """Evolve, note and collect what a decision yields, as it yields it. Says whether there was anything."""
-        s = self.state
         any_at_all = False
         for output in outputs:
             any_at_all = True
-            match output:
-                case Note():
-                    s.put(output.scope, output.suffix, output.row)
-                case ToWorker():
-                    self._to_worker(output)
-                case Telemetry():
-                    self._emit(topics.TELEMETRY.name, output.record.task_id, output.record)
-                case Reply():
-                    self._emit(topics.REPLIES.name, output.reply.client_id, output.reply)
-                case Acknowledge():
-                    self._after.append(output)
-                case Quarantine():
-                    self._quarantine(record, output.cause, output.detail)
-                case _:
-                    self._emit(topics.EVENTS.name, getattr(output, "task_id", None), output)
-                    evolve(s, output)
+            if type(output) in HANDLED:
+                self._emit(topics.EVENTS.name, getattr(output, "task_id", None), output)
+                evolve(self.state, output)
+            else:
+                self._take_effect(record, output)
         return any_at_all
+
+    def _take_effect(self, record: Record, output: Output) -> None:
+        match output:
+            case Note():
+                self.state.put(output.scope, output.suffix, output.row)
+            case ToWorker():
+                self._to_worker(output)
+            case Telemetry():
+                self._emit(topics.TELEMETRY.name, output.record.task_id, output.record)
+            case Reply():
+                self._emit(topics.REPLIES.name, output.reply.client_id, output.reply)
+            case Acknowledge():
+                self._after.append(output)
+            case Quarantine():
+                self._quarantine(record, output.cause, output.detail)
+            case _:
+                raise TypeError(f"nothing is known to do with a {type(output).__name__}")
 
     def _to_worker(self, output: ToWorker) -> None:
         message = output.record

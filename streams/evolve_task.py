@@ -16,21 +16,30 @@ from perdure.schemas.common import CheckpointRef, ErrorInfo
 from perdure.schemas.rows import TaskState
 from perdure.streams import policies, tables
 from perdure.streams.state import State
-from perdure.streams.task_change import TaskChange, expect
+from perdure.streams.task_change import IllegalTransition, TaskChange, expect
 from perdure.streams.task_lifecycle import DEAD, ENDED, LEGAL
 
 
 def apply(s: State, event: Any) -> None:
     """Apply an event of a task. Raises `IllegalTransition` for one that no decision may make."""
-    t, name = s.task(event.task_id), f"{type(event).__name__} {event.seq} of {event.task_id}"
-    if t is None:
-        expect(type(event) is events.TaskSubmitted and event.seq == 1, f"{name}: no such task")
-    else:
-        expect(type(event) is not events.TaskSubmitted and event.seq == t.seq + 1, f"{name} after {t.seq}")
-        expect(t.state in _IN.get(type(event), LEGAL), f"{name} in {t.state}")
-        if type(event) in _OF_THE_GRANT:
-            expect(event.epoch == t.epoch, f"{name}: epoch {event.epoch} in epoch {t.epoch}")
+    misfit = _misfit(s.task(event.task_id), event)
+    if misfit is not None:
+        raise IllegalTransition(f"{type(event).__name__} {event.seq} of {event.task_id} {misfit}")
     HANDLERS[type(event)](s, event)
+
+
+def _misfit(t: TaskState | None, event: Any) -> str | None:
+    """Why the event cannot be the task's next one; None if it can."""
+    kind = type(event)
+    if t is None:
+        return None if kind is events.TaskSubmitted and event.seq == 1 else "of a task that is unknown"
+    if kind is events.TaskSubmitted or event.seq != t.seq + 1:
+        return f"after {t.seq}"
+    if t.state not in _IN.get(kind, LEGAL):
+        return f"in {t.state}"
+    if kind in _OF_THE_GRANT and event.epoch != t.epoch:
+        return f"of epoch {event.epoch} in epoch {t.epoch}"
+    return None
 
 
 # Submit, queue, grant ------------------------------------------------------------------------------------------------
@@ -94,7 +103,8 @@ def _queued(s: State, e: events.TaskQueued) -> None:
         task.save(reason=e.reason, due=e.due)
         return
     task.disarm("due", tables.NOT_BEFORE)
-    s.put(*task.place(), rows.Ready(task_id=e.task_id))
+    put = s.put if task.row.ready else s.put_new
+    put(*task.place(), rows.Ready(task_id=e.task_id))
     resumed = task.row.state == "PAUSED"
     used = task.row.queue_used if resumed else 0
     timeout = policies.effective(s, e.task_id).queue_timeout

@@ -30,13 +30,12 @@ def of_type(s: State, task_type: str, overrides: bytes | None) -> Policy:
     """The policy of a type whose configuration is applied, with the submitter's settings laid over it."""
     known = s.config("type/" + task_type)
     assert known is not None, f"type {task_type} is not configured"
-    _, content = known
-    return _parsed(json.dumps(content.get("policy", {})), overrides)
+    return _parsed(known.text, overrides)
 
 
 @lru_cache(maxsize=1_024)
-def _parsed(stated: str, overrides: bytes | None) -> Policy:
-    return _over(policy_from_json(json.loads(stated)), overrides)
+def _parsed(content: bytes, overrides: bytes | None) -> Policy:
+    return _over(policy_from_json(json.loads(content).get("policy", {})), overrides)
 
 
 def bind(s: State, m: Moment, task_id: str) -> Outputs:

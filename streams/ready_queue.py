@@ -21,12 +21,11 @@ _GRANT_OVERHEAD = 4096
 
 def next_grant(s: State, m: Moment) -> Outputs:
     """Grant one task, if one is ready and a slot is idle; yields nothing otherwise."""
-    m = m.following()
     free = [w for w in s.sessions.values() if w.state == "live" and w.running < w.slots and not w.full]
     for session in sorted(free, key=lambda w: (w.running - w.slots, w.session)):
         task_id = _candidate(s, session)
         if task_id is not None:
-            yield from _grant(s, m, task_id, session)
+            yield from _grant(s, m.following(), task_id, session)
             return
 
 

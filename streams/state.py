@@ -10,7 +10,7 @@ import json
 from collections.abc import Iterator
 from heapq import merge
 from itertools import groupby, islice
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from perdure.schemas import codec, ids, limits
 from perdure.schemas.rows import Clock, Config, Counter, Live, Position, Row, Session, Step, TaskSpec, TaskState
@@ -20,11 +20,20 @@ from perdure.streams.store import Store
 
 Key = tuple[bytes, bytes]
 R = TypeVar("R")
-CACHE_ROWS = 40_000
-CACHE_ROW_BYTES = 4_096
-"""Bigger rows (inputs, results, outbox) are read again when they are needed."""
+KEPT_TASKS = 20_000
+KEPT_ROW_BYTES = 4_096
+"""Bigger rows (inputs) are read again when they are needed."""
 _KEPT = frozenset({tables.STATE, tables.SPEC, tables.LIVE})
 """Rows of a task that each of its inputs asks for: kept from one transaction to the next."""
+
+
+class Applied(NamedTuple):
+    """The applied version of a configuration name."""
+
+    version: int
+    content: dict[str, Any]
+    text: bytes
+    """The content as it was applied, JSON."""
 
 
 class State:
@@ -35,7 +44,10 @@ class State:
         self.partitions = partitions
         self._store = store
         self._dirty: dict[bytes, dict[bytes, Any]] = {}
-        self._clean: dict[Key, Any] = {}
+        self._kept: dict[bytes, dict[bytes, Any]] = {}
+        self._read: dict[Key, Any] = {}
+        self._unknown: set[bytes] = set()
+        self._passing: set[Key] = set()
         self._undo: list[tuple[bytes, bytes, Any, bool]] = []
         self._encoded: dict[bytes, bytes | None] = {}
         self._load()
@@ -44,7 +56,7 @@ class State:
         """(Re)build what is derived from rows; all of it is small, or read when it is asked for."""
         self._fronts: dict[bytes, ReadyFront] = {}
         self._routing_keys: frozenset[str] | None = None
-        self._types: dict[str, tuple[int, dict[str, Any]] | None] = {}
+        self._types: dict[str, Applied | None] = {}
         self.sessions: dict[str, Session] = {s.decode(): row for s, row in self.scan(tables.SESSIONS)}
         self.clock: Clock = self.get(tables.CLOCK, b"") or Clock()
         self.position: Position | None = self.get(tables.POSITION, b"")
@@ -60,22 +72,33 @@ class State:
         rows = self._dirty.get(scope)
         if rows is not None and suffix in rows:
             return rows[suffix]
+        kept = self._kept.get(scope)
+        if kept is not None and suffix in kept:
+            return kept[suffix]
+        if scope in self._unknown:
+            return None
         key = (scope, suffix)
-        if key in self._clean:
-            return self._clean[key]
+        if key not in self._read:
+            self._read[key] = self._look_up(scope, suffix)
+        return self._read[key]
+
+    def _look_up(self, scope: bytes, suffix: bytes) -> Any:
         data = self._store.get(scope + suffix)
         row = None if data is None else codec.decode(data)
-        self._remember(key, row, data)
+        if data is not None and suffix in _KEPT:
+            self._keep(scope, suffix, row, data)
+        elif data is None and suffix == tables.STATE and scope[:1] == b"t":
+            self._unknown.add(scope)  # and the store has nothing else of the task: a new one needs no further reads
         return row
 
-    def _remember(self, key: Key, row: Any, data: bytes | None) -> None:
-        if data is not None and len(data) > CACHE_ROW_BYTES:
-            self._clean.pop(key, None)
+    def _keep(self, scope: bytes, suffix: bytes, row: Any, data: bytes) -> None:
+        """Keep a row that the store has for later transactions."""
+        if len(data) > KEPT_ROW_BYTES:
             return
-        if len(self._clean) >= CACHE_ROWS:
-            for old in list(islice(self._clean, CACHE_ROWS // 2)):
-                del self._clean[old]
-        self._clean[key] = row
+        if scope not in self._kept and len(self._kept) >= KEPT_TASKS:
+            for old in list(islice(self._kept, KEPT_TASKS // 2)):
+                del self._kept[old]
+        self._kept.setdefault(scope, {})[suffix] = row
 
     def scan(self, scope: bytes, start: bytes = b"", prefix: bytes = b"") -> Iterator[tuple[bytes, Any]]:
         """(suffix, row) of a scope in order, from `start` on, as it is now; `prefix` narrows the suffixes."""
@@ -156,12 +179,12 @@ class State:
         row: Counter | None = self.get(tables.COUNTERS, name.encode())
         return 0 if row is None else row.value
 
-    def config(self, name: str) -> tuple[int, dict[str, Any]] | None:
-        """(version, content) of an applied configuration name; None if there is none or it was deleted."""
+    def config(self, name: str) -> Applied | None:
+        """What is applied of a configuration name; None if there is nothing or it was deleted."""
         if name not in self._types:
             row: Config | None = self.get(tables.CONFIG, name.encode())
             present = row is not None and row.content is not None
-            self._types[name] = (row.version, json.loads(row.content)) if row and present else None  # type: ignore[arg-type]
+            self._types[name] = Applied(row.version, json.loads(row.content), row.content) if row and present else None  # type: ignore[arg-type]
         return self._types[name]
 
     def routing_keys(self) -> frozenset[str]:
@@ -230,11 +253,22 @@ class State:
         rows = self._dirty.setdefault(scope, {})
         known = suffix in rows
         self._undo.append((scope, suffix, rows.get(suffix), known))
-        rows[suffix] = row
+        if row is None and (scope, suffix) in self._passing:
+            rows.pop(suffix, None)
+        else:
+            rows[suffix] = row
         self._derive(scope, suffix, row)
+
+    def put_new(self, scope: bytes, suffix: bytes, row: Row) -> None:
+        """Set a row that was not there before: if it goes in the same transaction, it has never been written."""
+        if suffix not in self._dirty.get(scope, ()):
+            self._passing.add((scope, suffix))
+        self.put(scope, suffix, row)
 
     def _derive(self, scope: bytes, suffix: bytes, row: Any) -> None:
         kind = scope[:1]
+        if kind == b"t":
+            return
         if kind == b"q":
             front = self._fronts.get(scope)
             if row is not None:
@@ -278,7 +312,7 @@ class State:
     def check_rows(self) -> None:
         """Raise `ValueError` or `TypeError` if a row that has changed since the mark cannot be written."""
         for scope, suffix, _, _ in self._undo:
-            row = self._dirty[scope][suffix]
+            row = self._dirty[scope].get(suffix)
             if row is not None:
                 codec.encode(row)
 
@@ -289,7 +323,7 @@ class State:
             if known:
                 self._dirty[scope][suffix] = row
             else:
-                del self._dirty[scope][suffix]
+                self._dirty[scope].pop(suffix, None)
             self._derive(scope, suffix, self.get(scope, suffix))
         self.look_for_timers()
 
@@ -305,17 +339,28 @@ class State:
     def committed(self) -> None:
         """The store has the changes now."""
         for scope, rows in self._dirty.items():
-            for suffix, row in rows.items():
-                if suffix in _KEPT and row is not None:
-                    self._remember((scope, suffix), row, self._encoded.get(scope + suffix))
-                else:
-                    self._clean.pop((scope, suffix), None)
+            if scope[:1] == b"t":
+                self._keep_task(scope, rows)
+        self._forget()
+
+    def _keep_task(self, scope: bytes, rows: dict[bytes, Any]) -> None:
+        kept = self._kept.get(scope, {})
+        for suffix in _KEPT & rows.keys():
+            kept.pop(suffix, None)
+            data = self._encoded.get(scope + suffix)
+            if data is not None:
+                self._keep(scope, suffix, rows[suffix], data)
+
+    def _forget(self) -> None:
+        """Everything that holds for one transaction."""
         self._dirty.clear()
         self._undo.clear()
+        self._read.clear()
+        self._unknown.clear()
+        self._passing.clear()
 
     def rolled_back(self) -> None:
         """The transaction was aborted: back to what the store has."""
-        self._dirty.clear()
-        self._undo.clear()
-        self._clean.clear()
+        self._forget()
+        self._kept.clear()
         self._load()

@@ -28,8 +28,8 @@ class TaskChange:
     def __init__(self, s: State, event: Any) -> None:
         self.s, self.event, self.id = s, event, event.task_id
         row = s.task(self.id)
-        expect(row is not None, f"no task {self.id}")
-        assert row is not None
+        if row is None:
+            raise IllegalTransition(f"no task {self.id}")
         self.row: TaskState = row
         self.changes: dict[str, Any] = {"seq": event.seq, "updated_at": event.at}
 
@@ -40,7 +40,8 @@ class TaskChange:
 
     def move(self, state: str, **changes: Any) -> None:
         """To another state, if the table allows it."""
-        expect(state in LEGAL[self.row.state], f"{type(self.event).__name__}: {self.row.state} to {state} of {self.id}")
+        if state not in LEGAL[self.row.state]:
+            raise IllegalTransition(f"{type(self.event).__name__}: {self.row.state} to {state} of {self.id}")
         self.changes |= {"state": state, "reason": "", "stopping": "none"} | changes
 
     def arm(self, kind: str, due: int, *, relative: bool = True) -> None:

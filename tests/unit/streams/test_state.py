@@ -19,6 +19,7 @@ SCOPES = [tables.MARKS, tables.task("q/t"), tables.task("q/t2"), tables.ready("q
 SUFFIXES = [b"", b"a", b"ab", b"b", b"\x00", b"pa", b"pb", b"\xff"]
 CHANGES = st.one_of(
     st.tuples(st.just("put"), st.sampled_from(SCOPES), st.sampled_from(SUFFIXES), st.integers(0, 3)),
+    st.tuples(st.just("new"), st.sampled_from(SCOPES), st.sampled_from(SUFFIXES), st.integers(0, 3)),
     st.tuples(st.just("delete"), st.sampled_from(SCOPES), st.sampled_from(SUFFIXES)),
     st.sampled_from([("mark",), ("undo",), ("commit",), ("rollback",), ("reopen",)]),
 )
@@ -56,6 +57,9 @@ def _check_changes(changes: list[Any]) -> None:
         match change:
             case "put", scope, suffix, value:
                 state.put(scope, suffix, row(scope, suffix, value))
+                now[scope, suffix] = row(scope, suffix, value)
+            case "new", scope, suffix, value if (scope, suffix) not in now:
+                state.put_new(scope, suffix, row(scope, suffix, value))
                 now[scope, suffix] = row(scope, suffix, value)
             case "delete", scope, suffix:
                 state.put(scope, suffix, None)
@@ -100,6 +104,29 @@ def test_what_is_held_of_a_ready_queue_does_not_grow_with_it() -> None:
     assert state.first_ready(scope) == (tables.place(4, 0), "q/later-0")
 
 
+def test_a_row_that_comes_and_goes_in_one_transaction_is_never_written() -> None:
+    state = State(MemoryStore(), 0, 1)
+    scope = tables.ready("q", "t")
+    state.put_new(scope, b"a", Ready(task_id="q/a"))
+    state.put(scope, b"a", None)
+    assert state.writes() == {}
+    state.mark()
+    state.put_new(scope, b"b", Ready(task_id="q/b"))
+    state.put(scope, b"b", None)
+    state.undo()
+    assert (state.writes(), state.first_ready(scope)) == ({}, None)
+
+
+def test_of_a_task_that_is_unknown_the_store_is_asked_once() -> None:
+    store = CountingStore()
+    state = State(store, 0, 1)
+    store.asked = 0
+    scope = tables.task("q/t")
+    assert state.task("q/t") is None
+    assert [state.get(scope, suffix) for suffix in (tables.SPEC, tables.LIVE, tables.answer("c"))] == [None] * 3
+    assert store.asked == 1
+
+
 def test_timers_that_are_gone_are_not_looked_through_again() -> None:
     store = CountingStore()
     state = State(store, 0, 1)
@@ -111,7 +138,7 @@ def test_timers_that_are_gone_are_not_looked_through_again() -> None:
     state.look_for_timers()
     store.starts.clear()
     state.look_for_timers()
-    assert (state.next_timer, store.starts) == (2, [tables.number(2)] * 2)
+    assert (state.next_timer, store.starts) == (2, [tables.number(2)] * 2)  # none of them in wall time
 
 
 class CountingStore(MemoryStore):
@@ -119,8 +146,12 @@ class CountingStore(MemoryStore):
 
     def __init__(self) -> None:
         super().__init__()
-        self.read = 0
+        self.read = self.asked = 0
         self.starts: list[bytes] = []
+
+    def get(self, key: bytes) -> bytes | None:
+        self.asked += 1
+        return super().get(key)
 
     def scan(self, prefix: bytes, start: bytes = b"") -> Iterator[tuple[bytes, bytes]]:
         self.starts.append(start)
