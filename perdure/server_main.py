@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +23,7 @@ from perdure.schemas.errors import InfrastructureError, Unreachable
 from perdure.streams.host_slots import HostSlot, host_id
 from perdure.streams.kafka_connection import quiet
 from perdure.streams.kafka_log import KafkaLog
+from perdure.streams.local_engine import GROUP as ENGINE
 from perdure.streams.log import Log
 from perdure.streams.processor import Kind
 from perdure.streams.runner import Runner
@@ -56,13 +57,14 @@ def main(
     large = settings.large_values(log.topic_id)
     projections = [Projection(log, kind, state / "partition", instance) for kind in (PROGRESS, DEAD_LETTERS)]
     sweeping = {"large values": Sweeper(large, commands).run} if settings.blobs is not None else {}
+    engine = Lag(log, ENGINE, (topics.COMMANDS.name,))
     name = urlsplit(settings.api or "").hostname
     try:
         return server.main(
             log, host=host, port=port, token=settings.api_token, db_path=state / f"views-{slot.number}.sqlite",
             commands=commands, fetch=large.fetched, ready=ready,
-            background={p.name: p.run for p in projections} | sweeping,
-            lags=lambda: {p.name: p.lag for p in projections}, names=[name] if name else [],
+            background={p.name: p.run for p in projections} | {"engine-lag": engine.watch} | sweeping,
+            lags=lambda: {p.name: p.lag for p in (engine, *projections)}, names=[name] if name else [],
         )  # fmt: skip
     finally:
         commands.close()
@@ -71,39 +73,28 @@ def main(
         slot.release()
 
 
-class Projection:
-    """A projection in this process, which shares its partitions with the other servers of the namespace."""
+class Lag:
+    """How far a consumer group is behind its inputs."""
 
-    def __init__(self, log: KafkaLog, kind: Kind, directory: Path, instance: str | None = None) -> None:
-        self.name = kind.name
+    def __init__(self, log: KafkaLog, group: str, inputs: Sequence[str]) -> None:
+        self.name = group
         self.lag: Mapping[str, int] = {}
-        """Topic -> records that the projection, on all servers together, has still to fold; as last measured."""
-        self._log, self._kind, self._directory, self._instance = log, kind, directory, instance
+        """Topic -> records that the group, in all processes together, has still to read; as last measured."""
+        self._log, self._inputs = log, inputs
 
-    def run(self, stop: threading.Event) -> None:
-        """Fold until `stop` is set. Raises what makes the runner fail."""
-        runner = Runner(self._log, self._kind, self._directory, instance=self._instance)
-        threading.Thread(target=self._watch, args=(stop, runner), name=f"{self.name}-lag", daemon=True).start()
-        runner.run()
-
-    def _watch(self, stop: threading.Event, runner: Runner) -> None:
-        """Measure now and then; end the runner when `stop` is set."""
+    def watch(self, stop: threading.Event) -> None:
+        """Measure now and then until `stop` is set."""
         # A consumer that never joins its group. An admin client asks for a group's offsets too, but where the broker
         # does not answer in time librdkafka may end the process (its issue 4605).
         own = {"group.id": self._log.prefix + self.name, "isolation.level": "read_committed", "error_cb": quiet}
-        try:
-            with closing(Consumer(self._log.config(own))) as consumer:
-                while not stop.wait(MEASURE_EVERY_S):
-                    with suppress(
-                        KafkaException
-                    ):  # the views' writer asks the same broker, and health tells how it went
-                        self.lag = self._measured(consumer)
-        finally:
-            runner.stop()
+        with closing(Consumer(self._log.config(own))) as consumer:
+            while not stop.wait(MEASURE_EVERY_S):
+                with suppress(KafkaException):  # the views' writer asks the same broker, and health tells how it went
+                    self.lag = self._measured(consumer)
 
     def _measured(self, consumer: Consumer) -> dict[str, int]:
         lag = {}
-        for topic in self._kind.inputs:
+        for topic in self._inputs:
             wheres = [TopicPartition(self._log.prefix + topic, p) for p in range(self._log.partitions)]
             lag[topic] = 0
             for where in consumer.committed(wheres, _ANSWER_S):
@@ -113,6 +104,27 @@ class Projection:
                 # The engine writes in transactions: last in a partition comes the marker of one, which is no record.
                 lag[topic] += max(0, end - 1 - max(first, where.offset))
         return lag
+
+
+class Projection(Lag):
+    """A projection in this process, which shares its partitions with the other servers of the namespace."""
+
+    def __init__(self, log: KafkaLog, kind: Kind, directory: Path, instance: str | None = None) -> None:
+        super().__init__(log, kind.name, kind.inputs)
+        self._kind, self._directory, self._instance = kind, directory, instance
+
+    def run(self, stop: threading.Event) -> None:
+        """Fold until `stop` is set. Raises what makes the runner fail."""
+        runner = Runner(self._log, self._kind, self._directory, instance=self._instance)
+        threading.Thread(target=self._watch, args=(stop, runner), name=f"{self.name}-lag", daemon=True).start()
+        runner.run()
+
+    def _watch(self, stop: threading.Event, runner: Runner) -> None:
+        """Measure, and end the runner when `stop` is set."""
+        try:
+            self.watch(stop)
+        finally:
+            runner.stop()
 
 
 class Commands:

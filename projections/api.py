@@ -47,11 +47,13 @@ from starlette.routing import Mount, Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from perdure.projections import history, render
+from perdure.projections.admission import admit
 from perdure.projections.auth import Access, Answer, Download, Gate, refusal
 from perdure.projections.progress import STATES
 from perdure.projections.views import PAGE_MAX, Place, Views
 from perdure.schemas import limits
 from perdure.schemas.errors import (
+    Busy,
     CommandRefused,
     DecodeError,
     InfrastructureError,
@@ -242,6 +244,8 @@ class _Api:
             task_id = _task_id(request) if request.path_params else None
             try:
                 command = _command_body(await request.body(), name, task_id)
+                if name == "SubmitTask":
+                    admit(self._health()["lag"])
                 return _verdict(await to_thread.run_sync(self._commands, command, limiter=self._places))
             except DecodeError as error:
                 raise InvalidRequest(f"the body is no command: {error}", field="body") from error
@@ -348,7 +352,8 @@ def _verdict(reply: Mapping[str, Any]) -> Answer:
 async def _failed(_request: Request, error: Exception) -> Answer:
     code = error.code if isinstance(error, PerdureError) else "error"
     status = next((s for kind, s in _STATUS.items() if isinstance(error, kind) or kind.code == code), 500)
-    return refusal(status, code, str(error), name=getattr(error, "field", None))
+    later = {"Retry_After": str(error.retry_after)} if isinstance(error, Busy) else {}
+    return refusal(status, code, str(error), name=getattr(error, "field", None), **later)
 
 
 async def _no_route(_request: Request, error: Exception) -> Answer:

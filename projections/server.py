@@ -33,7 +33,7 @@ LOG = logging.getLogger("perdure.server")
 Work = Callable[[threading.Event], None]
 """Runs until the event is set; to return earlier is to fail."""
 Lags = Callable[[], Mapping[str, Mapping[str, int]]]
-"""Projection -> topic -> records it has still to fold. Must not block."""
+"""Engine or projection -> topic -> records that it has still to read. Must not block."""
 
 FAILED = 1
 LAG_MAX = 10_000

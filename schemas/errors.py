@@ -72,6 +72,17 @@ class RetryLater(PerdureError):
     code = "retry_later"
 
 
+class Busy(RetryLater):
+    """Too much work waits already: nothing new is let in for the moment."""
+
+    code = "busy"
+
+    def __init__(self, message: str, *, retry_after: int) -> None:
+        """`retry_after`: seconds."""
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
 class WaitTimeout(RetryLater, TimeoutError):
     """The wait ended before the task did; the task goes on."""
 

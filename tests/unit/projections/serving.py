@@ -33,7 +33,7 @@ class Server:
         self.fetched: list[tuple[str, bytes]] = []
         blobs = MemoryBlobs()
         self.large = LargeValues(lambda: (blobs, "home"))
-        self.state: dict[str, Any] = {"ok": True, "problems": []}
+        self.state: dict[str, Any] = {"ok": True, "problems": [], "lag": {}}
         self.views = Views(self.path)
         self.app = create_app(
             self.views, self.carry_out, self.fetch, lambda: self.state, rules or access("127.0.0.1", None), self.clock

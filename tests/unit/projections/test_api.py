@@ -252,6 +252,24 @@ def test_health_is_its_status(server: Server, path: str) -> None:
     assert (server.ask("GET", path).status_code, server.ask("GET", path).json()) == (503, server.state)
 
 
+@pytest.mark.parametrize(
+    ("reader", "topic", "most"),
+    [("engine", "task-commands", 100_000), ("progress", "task-events", 100_000), ("views", "task-logs", 10**9)],
+)
+def test_new_tasks_are_turned_away_while_too_much_waits_already(
+    server: Server, reader: str, topic: str, most: int
+) -> None:
+    server.state["lag"] = {"views": {}, reader: {topic: most}}
+    assert server.ask("POST", "/api/v1/tasks", json={"type": "crunch"}).status_code == 200
+    if topic == "task-logs":
+        return
+    server.state["lag"] = {"views": {}, reader: {topic: most + 1}}
+    response = server.ask("POST", "/api/v1/tasks", json={"type": "crunch"})
+    assert (response.status_code, response.headers["retry-after"]) == (503, "5")
+    assert response.json()["error"]["code"] == "busy"
+    assert server.ask("POST", "/api/v1/tasks/etl%2F1/cancel").status_code == 200  # what makes less work is taken
+
+
 BAD_QUESTIONS = [
     ("tasks?state=sleeping", "state"),
     ("tasks?limit=0", "limit"),
