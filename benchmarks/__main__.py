@@ -1,4 +1,4 @@
-"""`python -m benchmarks [RUNS]`: one table and one JSON file."""
+"""`python -m benchmarks [RUNS]` and `python -m benchmarks scale [MOST]`: a table and a JSON file."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from benchmarks import bare
+from benchmarks import bare, scale
 from benchmarks.engine import EngineBench
 from benchmarks.failover import FailoverBench
 from benchmarks.measure import Row, show
@@ -23,6 +23,9 @@ def told(rows: list[Row]) -> list[Row]:
 
 
 def main() -> int:
+    if sys.argv[1:2] == ["scale"]:
+        scale.main(*map(int, sys.argv[2:3]))
+        return 0
     runs = int(sys.argv[1]) if len(sys.argv) > 1 else 3
     rows: list[Row] = []
     with tempfile.TemporaryDirectory(prefix="perdure-bench-", ignore_cleanup_errors=True) as name:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import random
+import tempfile
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from typing import Any
 
 import psutil
 
+from perdure.process import collect_seldom
 from perdure.schemas import codec, commands, ids, reports, topics
 from perdure.schemas.common import Usage
 from perdure.schemas.inbox import RunAttempt, StepPage
@@ -40,11 +42,15 @@ class BareEngine:
 
     def __init__(self, path: Path) -> None:
         self.keys = Keys.generate()
-        self.store = RocksStore(path)
-        self.engine = Engine(self.store, 0, 1, self.keys)
+        self.open(path)
         self.now = _EPOCH
         self._offsets = count()
         self._names = count()
+
+    def open(self, path: Path) -> None:
+        """Take up what the store has."""
+        self.store = RocksStore(path)
+        self.engine = Engine(self.store, 0, 1, self.keys)
 
     def run(self, values: Iterable[bytes]) -> list[Out]:
         """Execute records, a transaction for each hundred of them."""
@@ -121,6 +127,28 @@ class Curve:
     unit: str
     at: dict[int, float]
 
+    def thinned(self, points: int) -> Curve:
+        """The first, the last, and some between."""
+        last = len(self.at) - 1
+        kept = sorted({last * n // (points - 1) for n in range(points)})
+        return Curve(self.unit, {at: self.at[at] for at in (list(self.at)[n] for n in kept)})
+
+
+def main(most: int = SIZES[-1]) -> None:
+    """Measure and print; loading 1,000,000 tasks takes minutes."""
+    collect_seldom()
+    with tempfile.TemporaryDirectory(prefix="perdure-scale-") as name:
+        show(tasks_in_state(Path(name), [size for size in SIZES if size <= most]), "pending tasks")
+        steps = long_task(Path(name))
+        show({what: curve.thinned(4) for what, curve in steps.items()}, "n-th step, page or tick")
+
+
+def show(curves: dict[str, Curve], along: str) -> None:
+    """One line for each number of tasks (steps, pages)."""
+    for what, curve in curves.items():
+        found = "   ".join(f"{at:,}: {value:,.0f}" for at, value in curve.at.items())
+        print(f"{what} [{curve.unit}] by {along}: {found}")
+
 
 def tasks_in_state(path: Path, sizes: Sequence[int] = SIZES) -> dict[str, Curve]:
     """Cost of each kind of input with this many pending tasks, each with a timer."""
@@ -140,12 +168,10 @@ def tasks_in_state(path: Path, sizes: Sequence[int] = SIZES) -> dict[str, Curve]
         for what, cost in _probes(bare, size):
             note(what, size, cost)
         note("memory of the process", size, psutil.Process().memory_info().rss / 1e6, "MB")
-        began = time.thread_time_ns()
-        bare.engine = Engine(bare.store, 0, 1, bare.keys)
-        note("opening the state", size, (time.thread_time_ns() - began) / 1e3)
         bare.store.close()
-        bare.store = RocksStore(path / "tasks")
-        bare.engine = Engine(bare.store, 0, 1, bare.keys)
+        began = time.thread_time_ns()
+        bare.open(path / "tasks")
+        note("opening store and state", size, (time.thread_time_ns() - began) / 1e3)
     bare.store.close()
     return curves
 
