@@ -194,7 +194,7 @@ def test_routing_keys_and_types_come_from_the_applied_configuration() -> None:
     state.put(tables.CONFIG, b"queue/etl", Config(version=1, content=b'{"routing_keys":["etl","etl~1"]}'))
     state.put(tables.CONFIG, b"type/a", Config(version=2, content=b'{"queue":"typed"}'))
     assert state.routing_keys() == {"default", "etl", "etl~1", "typed"}
-    assert state.config("type/a") == (2, {"queue": "typed"})
+    assert state.config("type/a") == (2, {"queue": "typed"}, b'{"queue":"typed"}')
     state.put(tables.CONFIG, b"type/a", Config(version=3, content=None))
     assert state.config("type/a") is None
     assert state.routing_keys() == {"default", "etl", "etl~1"}
