@@ -28,7 +28,15 @@ _COMMON: dict[str, Any] = {
 }
 
 
-_STALE = frozenset({KafkaError.FENCED_LEADER_EPOCH, KafkaError.UNKNOWN_LEADER_EPOCH, KafkaError._TIMED_OUT})
+_STALE = frozenset(
+    {
+        KafkaError.FENCED_LEADER_EPOCH,
+        KafkaError.UNKNOWN_LEADER_EPOCH,
+        KafkaError.LEADER_NOT_AVAILABLE,
+        KafkaError.NOT_LEADER_FOR_PARTITION,
+        KafkaError._TIMED_OUT,
+    }
+)
 """After a broker's restart a client may ask with old leader epochs for minutes, or wait for a coordinator for ever."""
 
 

@@ -44,3 +44,11 @@ def test_a_partition_that_stays_without_one_cannot_be_reached(monkeypatch: pytes
     monkeypatch.setattr(kafka_connection, "CALL_S", 0.1)
     with pytest.raises(Unreachable, match=r"no offsets of p\.events/1"):
         connection(monkeypatch, Admin(NO_LEADER)).offsets("events", 1)
+
+
+def test_a_client_that_knows_an_old_leader_is_not_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = connection(monkeypatch, Admin(NO_LEADER, 3, 72))
+    forgotten: list[object] = []
+    monkeypatch.setattr(made, "_forget", forgotten.append)
+    made.offsets("events", 1)
+    assert len(forgotten) == 1
