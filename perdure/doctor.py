@@ -219,9 +219,11 @@ def _blobs(settings: Settings) -> Iterator[Finding]:
 
     try:
         blobs = open_blobs(settings.blobs)
-        if isinstance(blobs, DirectoryBlobs) and not os.access(blobs.directory, os.W_OK):
-            advice = "make it, or mount it, for the user that engines run as"
-            yield wrong("blob store", f"{blobs.directory} is not there, or nobody may write there", advice)
+        if isinstance(blobs, DirectoryBlobs) and not blobs.directory.is_dir():
+            there = next(p for p in blobs.directory.absolute().parents if p.exists())
+            advice = "made when it is needed; if it is to be shared by several hosts, mount it first"
+            say = note if there.is_dir() and os.access(there, os.W_OK) else wrong
+            yield say("blob store", f"{blobs.directory} is not there", advice)
             return
         yield ok("blob store", f"{settings.blobs}, {len(blobs.list('snapshots')):,} files of snapshots")
     except InfrastructureError as error:

@@ -35,5 +35,7 @@ def test_without_keys_a_broker_must_be_of_this_machine_alone(tmp_path: Path) -> 
 def test_the_blob_store_is_there_and_can_be_written(tmp_path: Path) -> None:
     assert found(tmp_path)["blob store"].state == "note"
     assert found(tmp_path, blobs=f"file://{tmp_path}")["blob store"].state == "ok"
-    assert found(tmp_path, blobs=f"file://{tmp_path}/not-mounted")["blob store"].state == "wrong"
+    assert found(tmp_path, blobs=f"file://{tmp_path}/not-yet")["blob store"].state == "note"
+    (tmp_path / "file").touch()
+    assert found(tmp_path, blobs=f"file://{tmp_path}/file/below")["blob store"].state == "wrong"
     assert found(tmp_path, blobs="gopher://x")["blob store"].state == "wrong"
