@@ -7,6 +7,7 @@ they do not wait. A lane's failure ends the runner, and `run` raises it.
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections import deque
@@ -31,6 +32,7 @@ _BUFFER_RECORDS = 5_000
 _BUFFER_BYTES = 32 * 1024 * 1024
 _READ_S = 0.2
 _JOIN_S = 60.0
+LOG = logging.getLogger("perdure")
 _REJOIN_S = 60.0
 T = TypeVar("T")
 
@@ -238,8 +240,8 @@ class Lane:
         while not self._halt.is_set():
             try:
                 return call()
-            except Unreachable:
-                continue
+            except Unreachable as error:
+                LOG.warning("%s/%d waits for the broker: %s", self._runner.kind.name, self._partition, error)
         return None
 
     def _place(self) -> Place:

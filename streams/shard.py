@@ -11,6 +11,7 @@ transaction drops the overlay and executes the same records again.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterable
 
@@ -27,6 +28,7 @@ AS_OF = META + b"as of"
 """Wall time, ms, at which the store had all of the changelog: tombstones of later deletions it may never see."""
 _REFRESH_MS = 3_600_000
 RESTORE_BATCH = 2_000
+LOG = logging.getLogger("perdure")
 REVOCATION_S = 3.0
 """Within this the group tells a member that its partition is another's: three heartbeats."""
 
@@ -82,7 +84,11 @@ class Shard:
         begin = int.from_bytes(stored, "big") if stored else 0
         reader = self._log.reader(committed=True)
         # The target is the end with uncommitted records: this producer's creation has ended every older transaction.
-        first, self._target = reader.bounds(self.kind.changelog, self.partition)
+        try:
+            first, self._target = reader.bounds(self.kind.changelog, self.partition)
+        except BaseException:
+            reader.close()
+            raise
         if begin > self._target:
             reader.close()
             raise ConfigurationError(
@@ -277,8 +283,8 @@ class Shard:
                     if not still_mine():
                         return False
                 return self._is_committed(last)
-            except Unreachable:
-                continue
+            except Unreachable as error:
+                LOG.warning("%s/%d waits for the broker: %s", self.kind.name, self.partition, error)
         return False
 
     def _is_committed(self, last: Record) -> bool:
