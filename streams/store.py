@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
 
-from rocksdict import AccessType, Checkpoint, Options, Rdict, WriteBatch
+from rocksdict import AccessType, BlockBasedOptions, Cache, Checkpoint, Options, Rdict, WriteBatch
 
 from perdure.schemas.errors import InfrastructureError
 
@@ -179,4 +179,15 @@ def _options() -> Options:
     options.set_max_open_files(256)
     options.set_keep_log_file_num(2)
     options.set_max_log_file_size(1024 * 1024)
+    # Most reads ask for what is not there, as a task that is being submitted: 1.8 instead of 18 us at 300,000 rows.
+    table = BlockBasedOptions()
+    table.set_bloom_filter(10, False)
+    table.set_block_cache(_CACHE)
+    options.set_block_based_table_factory(table)
+    options.set_memtable_prefix_bloom_ratio(0.1)
+    options.set_memtable_whole_key_filtering(True)
     return options
+
+
+_CACHE = Cache(64 * 1024 * 1024)
+"""Blocks of all stores of this process."""
