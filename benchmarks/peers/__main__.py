@@ -35,16 +35,20 @@ def say(text: str) -> None:
 def main() -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))  # what was started has to be ended here too
     asked = _arguments()
+    if asked.page_only:
+        _publish(Results.load(FILE))
+        return 0
     if asked.skip_install:
         cache.forbid_installs()
     everyone: list[Peer | StreamPeer] = [peer for folder in FOLDERS for peer in load(folder)]
     names = [peer.name for peer in everyone]
-    if strays := set(asked.peers or ()) - set(names):
-        raise SystemExit(f"no such peer: {', '.join(sorted(strays))}; there are {', '.join(names)}")
+    if strays := {*(asked.peers or ()), *(asked.workloads or ())} - {*names, *WORKLOADS}:
+        raise SystemExit(f"unknown: {', '.join(sorted(strays))}; there are {', '.join((*names, *WORKLOADS))}")
     chosen = [peer for peer in everyone if not asked.peers or peer.name in asked.peers]
     counts = loads.Counts(asked.tasks, asked.starts, asked.steps)
     results = _begun(asked, vars(counts))
     ready = [peer for peer in chosen if _installed(peer, results, asked.workloads)]
+    results.save(asked.out)
     for run in range(1, asked.runs + 1):
         for peer in ready:
             wanted = [w for w in WORKLOADS if w in peer.workloads and w in (asked.workloads or WORKLOADS)]
@@ -53,11 +57,16 @@ def main() -> int:
                 _round(peer, wanted, counts, results.peers[peer.name])
                 results.save(asked.out)
     if asked.out == FILE:
-        page.write(results)
-        plots = cache.venv("plots", PLOTS)
-        subprocess.run([plots, "-m", "benchmarks.peers.plots", page.PAGE.parent], cwd=ROOT, check=True)
-        say(f"written to {FILE.name} and {page.PAGE.name}")
+        _publish(results)
     return 0
+
+
+def _publish(results: Results) -> None:
+    """Write the page's section and draw its plots."""
+    page.write(results)
+    python = cache.venv("plots", PLOTS)
+    subprocess.run([python, "-m", "benchmarks.peers.plots", page.PAGE.parent], cwd=ROOT, check=True)
+    say(f"written to {page.PAGE.name}")
 
 
 def _begun(asked: argparse.Namespace, counts: dict[str, int]) -> Results:
@@ -83,6 +92,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--starts", type=int, default=loads.Counts.starts, help="starts of W2")
     parser.add_argument("--steps", type=int, default=loads.Counts.steps, help="steps of W3")
     parser.add_argument("--skip-install", action="store_true", help="what is missing fails in place of being installed")
+    parser.add_argument("--page-only", action="store_true", help="measure nothing, write the page from the results")
     parser.add_argument("--provisional", metavar="WHY", help="why the page is to call its figures provisional")
     parser.add_argument("--out", type=Path, default=FILE, help="the results file; another one leaves the page alone")
     return parser.parse_args()

@@ -29,7 +29,7 @@ def main() -> None:
 def draw(results: Results, figures: Sequence[Figure], columns: int, file: Path) -> None:
     """One panel for each figure: a bar for each peer, best first, with a line from the least run to the greatest."""
     shown = [f for f in figures if any(m.values(f.key) for m in results.peers.values())]
-    rows = -(-len(shown) // columns)
+    rows = max(1, -(-len(shown) // columns))
     plate, panels = plt.subplots(rows, columns, figsize=(5.2 * columns, 2.9 * rows), squeeze=False)
     for place in panels.flat[len(shown) :]:
         place.set_axis_off()
@@ -52,9 +52,10 @@ def _panel(place: plt.Axes, results: Results, figure: Figure) -> None:
     values = [value for value, _ in found]
     if max(values) > 20 * max(min(values), 1e-9):
         place.set_xscale("log")
+        place.minorticks_off()
     place.margins(x=0.18)
     direction = "more is better" if figure.more_is_better else "less is better"
-    place.set_title(f"{figure.title}, {figure.unit} ({direction})", fontsize=9, loc="left")
+    place.set_title(f"{figure.title}\n{figure.unit}, {direction}", fontsize=9, loc="left")
     place.spines[["top", "right"]].set_visible(False)
 
 

@@ -16,6 +16,7 @@ from benchmarks.peers.errors import Failed
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 _STOP_S = 10.0
+_LISTEN_S = 120.0
 
 
 class Process:
@@ -104,7 +105,10 @@ def listening(port: int, process: Process) -> None:
             return True
         return False
 
-    until(accepts, f"{Path(process.command[0]).name} does not listen (its last words: {last_words(process.log)})")
+    try:
+        until(accepts, f"{Path(process.command[0]).name} listens", _LISTEN_S)
+    except Failed as error:
+        raise Failed(f"{error}; its last words: {last_words(process.log)}") from error
 
 
 def free_port() -> int:

@@ -36,11 +36,14 @@ def test_the_page_is_made_of_the_results_file() -> None:
     assert page.with_section(text, page.section(Results.load(FILE))) == text
 
 
-def test_every_peer_has_its_place_in_the_results_and_every_gap_a_reason() -> None:
-    known = Results.load(FILE).peers
-    assert list(known) == [peer.name for peer in EVERYONE]
-    for peer in EVERYONE:
-        found = known[peer.name]
+def test_every_peer_has_its_place_in_the_results() -> None:
+    assert list(Results.load(FILE).peers) == [peer.name for peer in EVERYONE]
+
+
+def test_final_results_have_for_every_workload_a_figure_or_a_failure() -> None:
+    known = Results.load(FILE)
+    for peer in EVERYONE if not known.machine["provisional"] else ():
+        found = known.peers[peer.name]
         for workload in peer.workloads:
             assert {workload, "start", "install"} & (found.runs.keys() | found.failures.keys()), (peer.name, workload)
 
