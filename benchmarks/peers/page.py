@@ -125,7 +125,7 @@ def _standings(results: Results, figures: Sequence[Figure], ours: str) -> list[s
         elif not ahead:
             text += "Nobody is ahead."
         else:
-            text += "Ahead: " + "; ".join(_why(results, figure, n, others[n]) for n in ahead) + "."
+            text += "Ahead: " + "; ".join(_whys(results, figure, {n: others[n] for n in ahead})) + "."
         if level:
             text += " Level, within the noise: " + ", ".join(
                 f"{results.peers[n].title} ({figure.text(others[n])})" for n in level) + "."  # fmt: skip
@@ -133,8 +133,13 @@ def _standings(results: Results, figures: Sequence[Figure], ours: str) -> list[s
     return ["\n".join(lines)]
 
 
-def _why(results: Results, figure: Figure, name: str, value: float) -> str:
-    return f"{results.peers[name].title} ({figure.text(value)}): {reason(figure, name)}"
+def _whys(results: Results, figure: Figure, ahead: dict[str, float]) -> list[str]:
+    """Each reason once, behind those that it holds for."""
+    together: dict[str, list[str]] = {}
+    for name, value in ahead.items():
+        shown = f"{results.peers[name].title} ({figure.text(value)})"
+        together.setdefault(reason(figure, name), []).append(shown)
+    return [f"{', '.join(names)}: {why}" for why, names in together.items()]
 
 
 def _settings(results: Results) -> str:
