@@ -85,9 +85,15 @@ def go(package: str, name: str) -> Path:
     """A binary built by `go install`; `package` with its version."""
     found = FOLDER / "bin" / name
     if not found.exists():
-        env = {"GOBIN": str(FOLDER / "bin"), "GOPATH": str(FOLDER / "go"), "GOFLAGS": "-modcacherw"}
+        build = FOLDER / "go"
+        env = {
+            "GOBIN": str(FOLDER / "bin"),
+            "GOPATH": str(build),
+            "GOCACHE": str(build / "cache"),
+            "GOFLAGS": "-modcacherw",
+        }
         _install(["go", "install", package], env=env)
-        shutil.rmtree(FOLDER / "go", ignore_errors=True)
+        shutil.rmtree(build, ignore_errors=True)
     return found
 
 
