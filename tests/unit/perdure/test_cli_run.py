@@ -57,7 +57,12 @@ def test_worker_gets_all_it_needs(elsewhere: Path, monkeypatch: pytest.MonkeyPat
             return 75
 
     monkeypatch.setattr(worker, "Worker", Worker)
-    monkeypatch.setattr(kafka_log, "KafkaLog", lambda *args, **_: args)
+
+    class KafkaLog(tuple[Any, ...]):
+        def topic_id(self, topic: str) -> str:
+            return f"id of {topic}"
+
+    monkeypatch.setattr(kafka_log, "KafkaLog", lambda *args, **_: KafkaLog(args))
     args = ["-m", "a.tasks", "-m", "b", "--queue", "etl", "--slots", "8", "--name", "w", "--start", "spawn"]
     args += ["--drain-timeout", "1m", "--state-dir", "state"]
     result = run("worker", "--bootstrap", "127.0.0.1:1", *args)

@@ -76,6 +76,7 @@ def test_the_api_answers_to_the_name_that_clients_are_given(
     assert server_main.main(settings, host="0.0.0.0", port=1) == 0
     assert told["names"] == names
     assert (told["host"], told["port"], told["token"]) == ("0.0.0.0", 1, "secret")
-    assert set(told["background"]) == set(told["lags"]()) == {"progress", "dead_letters"}
+    assert set(told["background"]) == {"progress", "dead_letters", "engine-lag"}
+    assert set(told["lags"]()) == {"progress", "dead_letters", "engine"}
     assert server_main.main(Settings(bootstrap="localhost:9092", blobs=str(tmp_path), state_dir=tmp_path)) == 0
-    assert set(told["background"]) == {"progress", "dead_letters", "large values"}
+    assert set(told["background"]) == {"progress", "dead_letters", "engine-lag", "large values"}
