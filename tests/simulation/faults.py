@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from perdure.schemas import commands, limits
+from perdure.schemas import commands
 from tests.simulation import hostile
 from tests.simulation.workers import CONTROLS, Worker
 from tests.world import HOUR, SECOND, crashed
@@ -45,8 +45,6 @@ def _outage(sim: Simulator) -> None:
     sim.silent_until = max(sim.silent_until, sim.now + away)
     for worker in sim.workers:
         worker.hush(away + sim.draw.choice((0, 4_000, 8_000)))
-    if sim.silent_until - sim.now > limits.LEASE_MS + limits.BEAT_MS:
-        sim.held.outages.append(sim.silent_until)
 
 
 def _stall(sim: Simulator) -> None:

@@ -14,9 +14,11 @@ from __future__ import annotations
 import random
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 from perdure.schemas import codec, commands, events, inbox, limits, rows, topics
+from perdure.schemas.common import Cause
 from perdure.schemas.inbox import CommandReply
 from perdure.schemas.reports import ReportBatch
 from perdure.schemas.rows import TaskState
@@ -103,8 +105,6 @@ class Invariants:
         self.replies: dict[tuple[str, str], CommandReply] = {}
         self.answered: set[str] = set()
         self.grants: dict[tuple[str, int], Grant] = {}
-        self.outages: list[int] = []
-        """True times at which the broker was back after it had been away for longer than silence is believed."""
         self._parts = [_Partition(p, world.partitions) for p in range(world.partitions)]
 
     def check_all(self) -> None:
@@ -250,11 +250,16 @@ class Invariants:
         session, _ = self.grants[e.task_id, e.epoch]
         happened = self._true_time(e)
         since = part.heard[session]
-        outages = [back for back in self.outages if since <= back <= happened]
+        outages = [back for back in self._outages(e.cause) if since <= back <= happened]
         if len(outages) == 1:
             since = max(since, outages[0] - limits.BEAT_MS)
         silence = happened - since
         assert silence >= limits.LEASE_MS + limits.BEAT_MS - SECOND, f"{e.task_id} is lost after {silence} ms"
+
+    def _outages(self, cause: Cause) -> list[int]:
+        """True times at which something came after so long a silence of everybody that none of it is believed."""
+        times = [self.world.log.true_time[topics.COMMANDS.name, cause.partition, n] for n in range(cause.offset + 1)]
+        return [b for a, b in pairwise(times) if b - a > limits.LEASE_MS + limits.BEAT_MS]
 
     def _check_answer(self, seen: Seen, e: Any) -> None:
         """I7."""
