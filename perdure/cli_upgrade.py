@@ -64,4 +64,7 @@ def _refuse_older(log: KafkaLog, level: int) -> None:
     older = {name: said for name, said in log.members(GROUP).items() if (level_of(said) or 0) < level}
     if older:
         told = ", ".join(f"{name} ({said})" for name, said in sorted(older.items()))
-        raise CommandRefused(f"engines that do not know level {level} are running: {told}; replace them first")
+        raise CommandRefused(
+            f"engines that do not know level {level} are running: {told}; replace them first. One that has ended leaves "
+            f"the group after 10 s"
+        )

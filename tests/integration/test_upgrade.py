@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.integration.stack import Process, Stack, prove, stack_on
+from tests.integration.stack import Process, Stack, prove, stack_on, until
 
 pytestmark = pytest.mark.kafka
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -111,7 +111,9 @@ def test_engines_and_workers_are_replaced_one_by_one_and_nothing_is_refused_or_l
     for old in (first, second):
         assert old.stop() == 0
     first, second = engine(stack, "one"), engine(stack, "two")
-    assert "feature level 2 (was 1)" in upgrade(stack).text()
+    until(
+        "the engines that were stopped have left the group", lambda: "feature level 2 (was 1)" in upgrade(stack).text()
+    )
     for _ in range(100):
         tasks.append(stack.submit("add", {"a": 3, "b": 3}))
         assert stack.result(tasks[-1]) == 6
