@@ -65,6 +65,6 @@ def _refuse_older(log: KafkaLog, level: int) -> None:
     if older:
         told = ", ".join(f"{name} ({said})" for name, said in sorted(older.items()))
         raise CommandRefused(
-            f"engines that do not know level {level} are running: {told}; replace them first. One that has ended leaves "
-            f"the group after 10 s"
+            f"engines that do not know level {level} are running: {told}; replace them first. One that has ended "
+            f"leaves the group after 10 s"
         )
