@@ -60,6 +60,6 @@ def _refuse_while_it_runs(log: KafkaLog) -> None:
     members = log.members(GROUP)
     if members:
         raise CommandRefused(
-            f"{len(members)} engine processes are in the group ({', '.join(sorted(members))}): stop them first; one "
+            f"{len(members)} engine processes are in the group ({', '.join(members)}): stop them first; one "
             f"that was killed leaves the group after 10 s"
         )

@@ -11,6 +11,7 @@ from perdure.cli_common import Session, session
 from perdure.schemas.errors import CommandRefused, InvalidRequest, Unreachable
 
 if TYPE_CHECKING:
+    from perdure.streams.config_view import ConfigView
     from perdure.streams.kafka_log import KafkaLog
 
 
@@ -45,7 +46,7 @@ def upgrade(session: Session, wanted: int | None) -> int:
     if level < present:
         raise CommandRefused(f"the namespace is at level {present}, and levels are never lowered")
     if level > present:
-        _refuse_older(log, level)
+        _refuse_older(log, view, level)
         producer = log.producer()
         record = ConfigRecord(name=LEVEL, content=json.dumps({"level": level}).encode())
         producer.append(topics.CONFIG.name, 0, LEVEL.encode(), codec.encode(record))
@@ -57,14 +58,18 @@ def upgrade(session: Session, wanted: int | None) -> int:
     return 0
 
 
-def _refuse_older(log: KafkaLog, level: int) -> None:
-    from perdure.engine_main import level_of
+def _refuse_older(log: KafkaLog, view: ConfigView, level: int) -> None:
+    from perdure.streams.host import ENGINES
     from perdure.streams.local_engine import GROUP
 
-    older = {name: said for name, said in log.members(GROUP).items() if (level_of(said) or 0) < level}
+    older = []
+    for name in log.members(GROUP):
+        _, content = view.names.get(ENGINES + name, (0, None))
+        said = {} if content is None else json.loads(content)
+        if said.get("level", 0) < level:
+            older.append(f"{name} (build {said.get('build', 'unknown')}, level {said.get('level', 'unknown')})")
     if older:
-        told = ", ".join(f"{name} ({said})" for name, said in sorted(older.items()))
         raise CommandRefused(
-            f"engines that do not know level {level} are running: {told}; replace them first. One that has ended "
-            f"leaves the group after 10 s"
+            f"engines that do not know level {level} are running: {', '.join(sorted(older))}; replace them first. One "
+            f"that has ended leaves the group after 10 s"
         )

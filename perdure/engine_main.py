@@ -25,15 +25,14 @@ def main(settings: Settings, *, processes: int = 1, ready: Callable[[int], None]
         return supervise([sys.executable, "-m", "perdure.cli", "engine"], processes)
     collect_seldom()
     from perdure.connectors.blobs import open_blobs
-    from perdure.streams.decision import BUILD, FEATURE_LEVEL
+    from perdure.streams.decision import BUILD
     from perdure.streams.host import EngineHost
     from perdure.streams.kafka_log import KafkaLog
     from perdure.streams.snapshot_taker import Often, SnapshotTaker
     from perdure.streams.snapshots import Snapshots
 
     keys = settings.require_keys()
-    says = {"client.id": client_id(BUILD, FEATURE_LEVEL)}
-    log = KafkaLog(settings.require_bootstrap(), settings.namespace, options=says | settings.kafka)
+    log = KafkaLog(settings.require_bootstrap(), settings.namespace, options=settings.kafka)
     taker = None
     if settings.blobs is not None:
         taker = SnapshotTaker(Snapshots(open_blobs(settings.blobs)), BUILD, Often(rows=settings.snapshot_rows))
@@ -41,17 +40,6 @@ def main(settings: Settings, *, processes: int = 1, ready: Callable[[int], None]
     on_stop_signals(host.stop)
     host.run()
     return 0
-
-
-def client_id(build: str, level: int) -> str:
-    """What an engine tells the consumer group of itself: everybody can see which builds run."""
-    return f"perdure-engine {build} level {level}"
-
-
-def level_of(client_id: str) -> int | None:
-    """The highest feature level that an engine knows, by its client id; None if it does not say."""
-    _, said, level = client_id.rpartition(" level ")
-    return int(level) if said and level.isdecimal() else None
 
 
 def state_directory(settings: Settings) -> Path:

@@ -29,6 +29,8 @@ from perdure.streams.schema_lookup import SchemaLookup
 from perdure.streams.shard import Shard
 from perdure.streams.snapshot_taker import SnapshotTaker
 
+ENGINES = "engine/"
+"""Names in `config`: instance id of an engine process -> build, and highest feature level that it knows."""
 _UPLOAD_S = 5.0
 """How long an engine that ends waits for a snapshot under way; one that is not finished was never there."""
 
@@ -70,12 +72,14 @@ class EngineHost:
         self._config.refresh()
         self._refuse_newer()
         self._producer = log.producer()
+        instance = f"{host_id(state_dir)}-{self._slot.number}"
+        self._introduce(instance)
         self._stopped = threading.Event()
         self._runner = Runner(
             log,
             engine_kind(log.partitions, keys),
             state_dir / "partition",
-            instance=f"{host_id(state_dir)}-{self._slot.number}",
+            instance=instance,
             committed=False,
             duties=self._duties,
             taker=taker,
@@ -102,6 +106,14 @@ class EngineHost:
             self._lookup.close()
             self._producer.close()
             self._slot.release()
+
+    def _introduce(self, instance: str) -> None:
+        """Let others know which build this member of the group is. Kafka keeps what a member's first life said."""
+        name, content = ENGINES + instance, json.dumps({"build": BUILD, "level": FEATURE_LEVEL}).encode()
+        if self._config.names.get(name, (0, None))[1] != content:
+            record = ConfigRecord(name=name, content=content)
+            self._producer.append(topics.CONFIG.name, 0, name.encode(), codec.encode(record))
+            self._producer.flush(_UPLOAD_S)
 
     def _refuse_newer(self) -> None:
         """Raise `ConfigurationError` when the namespace was raised to features that this build does not know."""

@@ -61,14 +61,12 @@ class KafkaLog(Connection):
     def committed(self, group: str, wanted: Iterable[Where]) -> dict[Where, int | None]:
         return committed(self, self.prefix + group, wanted)
 
-    def members(self, group: str) -> dict[str, str]:
-        """Who is in a group: instance id (or member id, where there is none) -> client id. Blocks; raises
-        `Unreachable`.
-        """
+    def members(self, group: str) -> list[str]:
+        """Who is in a group: instance ids, or member ids where there is none. Blocks; raises `Unreachable`."""
         name = self.prefix + group
 
-        def ask(admin: AdminClient) -> dict[str, str]:
+        def ask(admin: AdminClient) -> list[str]:
             found = admin.describe_consumer_groups([name], request_timeout=ASK_S)[name].result()
-            return {m.group_instance_id or m.member_id: m.client_id for m in found.members}
+            return sorted(m.group_instance_id or m.member_id for m in found.members)
 
         return self.ask(ask, f"no description of group {name}")
