@@ -178,6 +178,7 @@ class Proxy:
         for task in others:
             task.cancel()
         await asyncio.gather(*others, return_exceptions=True)
+        await asyncio.sleep(0)  # what was closed lets go of its socket in the loop's next round
 
     def _reset_all(self) -> None:
         for link in list(self._links):
@@ -192,6 +193,9 @@ class Proxy:
         except OSError:
             _reset(to_client)
             return
+        except asyncio.CancelledError:
+            to_client.close()
+            raise
         link = _Link(self, to_client, to_broker)
         self._links.add(link)
         try:

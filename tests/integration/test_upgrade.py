@@ -129,6 +129,8 @@ def test_engines_and_workers_are_replaced_one_by_one_and_nothing_is_refused_or_l
     assert older.ended() == 1
     assert "at feature level 2, and this build (0.1.0) knows levels up to 1" in older.text()
 
+    stack.environment = newer
+    engine(stack, "two")
     for task in tasks[:3]:
         assert stack.result(task) == sum(range(FILES))
         prove(stack, task.id, FILES, kills=1)
