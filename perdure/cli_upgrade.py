@@ -31,6 +31,7 @@ def upgrade(session: Session, wanted: int | None) -> int:
     from perdure.schemas.public import ConfigRecord
     from perdure.streams.config_view import ConfigView
     from perdure.streams.decision import FEATURE_LEVEL, LEVEL
+    from perdure.streams.host import namespace_level
     from perdure.streams.kafka_log import KafkaLog
 
     settings = session.settings()
@@ -41,8 +42,7 @@ def upgrade(session: Session, wanted: int | None) -> int:
     view = ConfigView(log)
     view.refresh()
     view.close()
-    _, content = view.names.get(LEVEL, (0, None))
-    present = 1 if content is None else int(json.loads(content)["level"])
+    present = namespace_level(view)
     if level < present:
         raise CommandRefused(f"the namespace is at level {present}, and levels are never lowered")
     if level > present:

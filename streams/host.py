@@ -50,6 +50,16 @@ def publish_schemas(log: Log) -> None:
     producer.close()
 
 
+def namespace_level(config: ConfigView) -> int:
+    """The namespace's feature level. What is no level counts as none said: each partition quarantines it."""
+    _, content = config.names.get(LEVEL, (0, None))
+    try:
+        level = 1 if content is None else json.loads(content)["level"]
+    except (ValueError, KeyError, TypeError):
+        return 1
+    return level if isinstance(level, int) else 1
+
+
 class EngineHost:
     """One engine process."""
 
@@ -117,8 +127,7 @@ class EngineHost:
 
     def _refuse_newer(self) -> None:
         """Raise `ConfigurationError` when the namespace was raised to features that this build does not know."""
-        _, content = self._config.names.get(LEVEL, (0, None))
-        level = 1 if content is None else int(json.loads(content)["level"])
+        level = namespace_level(self._config)
         if level > FEATURE_LEVEL:
             raise ConfigurationError(
                 f"the namespace {self._log.prefix!r} is at feature level {level}, and this build ({BUILD}) knows "

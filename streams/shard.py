@@ -193,6 +193,10 @@ class Shard:
             except TransactionAborted:
                 self.processor.rolled_back()
                 continue
+            except Unreachable as error:  # asked for the schema of another build; nothing is begun yet
+                self.processor.rolled_back()
+                LOG.warning("%s/%d waits for the broker: %s", self.kind.name, self.partition, error)
+                continue
             except OutcomeUnknown:
                 pass
             except Fenced:

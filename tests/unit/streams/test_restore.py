@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from perdure.schemas import topics
-from perdure.schemas.errors import ConfigurationError, LogTruncated, RestoreStuck
+from perdure.schemas import codec, topics
+from perdure.schemas.errors import ConfigurationError, LogTruncated, RestoreStuck, Unreachable
 from perdure.streams import restore_watch
 from perdure.streams.local_engine import engine_kind
 from perdure.streams.memory_log import MemoryLog, MemoryTransactional, _Partition
@@ -129,3 +129,23 @@ def test_a_partition_beyond_the_pinned_count_stops_the_engine(tmp_path: Path) ->
     log._partitions = 1
     with pytest.raises(ConfigurationError, match="deals out partition 1, but the namespace is pinned to 1"):
         runner.run()
+
+
+def test_a_broker_that_is_away_when_a_schema_is_looked_for_ends_no_engine(world: World) -> None:
+    """The record is executed again, and is then set aside: nobody has published its schema."""
+    asked: list[str] = []
+
+    def ask(fingerprint: str) -> None:
+        asked.append(fingerprint)
+        if len(asked) == 1:
+            raise Unreachable("the broker is away")
+
+    unlearn = codec.learn_from(ask)
+    try:
+        world.send(codec.MARKER + b"12345678" + b"body", 0)
+    finally:
+        unlearn()
+    assert len(asked) >= 2
+    assert [q.cause for q in world.quarantined()] == ["unknown_schema"]
+    world.submit(task_id="default/later")
+    assert world.task("default/later").state == "PENDING"
