@@ -98,7 +98,9 @@ def encode(message: object) -> bytes:
 
 
 def decode(data: bytes) -> Any:
-    """The record that `data` holds. Raises `UnknownSchema` or `DecodeError`; never anything else."""
+    """The record that `data` holds. Raises `UnknownSchema` or `DecodeError`; besides, only what those raise who are asked
+    for schemas (see `learn_from`): `Unreachable`.
+    """
     if data[:2] != MARKER or len(data) < HEADER:
         raise DecodeError(f"no single-object Avro record: begins with {data[:2].hex() or 'nothing'}, {len(data)} bytes")
     known = _BY_HEADER.get(data[:HEADER]) or _learned(data[:HEADER])
