@@ -98,8 +98,8 @@ def encode(message: object) -> bytes:
 
 
 def decode(data: bytes) -> Any:
-    """The record that `data` holds. Raises `UnknownSchema` or `DecodeError`; besides, only what those raise who are asked
-    for schemas (see `learn_from`): `Unreachable`.
+    """The record that `data` holds. Raises `UnknownSchema` or `DecodeError`, and `Unreachable` where a schema that is
+    unknown here has to be asked for (see `learn_from`).
     """
     if data[:2] != MARKER or len(data) < HEADER:
         raise DecodeError(f"no single-object Avro record: begins with {data[:2].hex() or 'nothing'}, {len(data)} bytes")
