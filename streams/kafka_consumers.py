@@ -19,8 +19,8 @@ from confluent_kafka import (
     TopicPartition,
 )
 
-from perdure.schemas.errors import Fenced, InfrastructureError, LogTruncated
-from perdure.streams.kafka_connection import ASK_S, Connection, patiently, quiet
+from perdure.schemas.errors import Fenced, InfrastructureError, LogTruncated, Unreachable
+from perdure.streams.kafka_connection import ASK_S, CALL_S, Connection, patiently, quiet
 from perdure.streams.log import BEGIN, END, Record
 from perdure.streams.log import TopicPartition as Where
 
@@ -143,7 +143,16 @@ def committed(log: Connection, group: str, wanted: Iterable[Where], *, settled: 
         finally:
             consumer.close()
 
-    found = patiently(ask, f"no committed offsets of group {group}")
+    try:
+        found = patiently(ask, f"no committed offsets of group {group}")
+    except Unreachable as error:
+        if not settled:
+            raise
+        committed(log, group, wanted, settled=False)  # raises, unless it is only the settling that does not come
+        raise Unreachable(
+            f"offsets of group {group} are in a transaction that has not ended for {CALL_S:g} s. If that lasts, the "
+            f"broker has lost its end, as Kafka 4.3.0 to 4.4.0 do (KAFKA-20734): `kafka-transactions.sh find-hanging`"
+        ) from error
     return {(log.plain(f.topic), f.partition): f.offset if f.offset >= 0 else None for f in found}
 
 

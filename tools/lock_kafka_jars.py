@@ -16,7 +16,7 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-KAFKA = "4.3.1"
+KAFKA = "4.2.2"
 ROOTS = (
     ("org.apache.kafka", "kafka_2.13", KAFKA),
     ("org.apache.logging.log4j", "log4j-slf4j-impl", "2.25.4"),  # Kafka pulls slf4j 1.7; without a binding: no logs

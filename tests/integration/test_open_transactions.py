@@ -12,6 +12,8 @@ import pytest
 from confluent_kafka import Producer, TopicPartition
 
 from perdure.schemas import topics
+from perdure.schemas.errors import Unreachable
+from perdure.streams import kafka_connection
 from perdure.streams.kafka_consumers import KafkaMember
 from perdure.streams.kafka_log import KafkaLog
 from perdure.streams.log import OutcomeUnknown
@@ -24,7 +26,7 @@ GROUP = "engine"
 
 
 def test_a_partition_is_taken_over_while_its_position_is_in_an_open_transaction(
-    kafka_bootstrap: str, topic_prefix: str
+    kafka_bootstrap: str, topic_prefix: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     create_topics(kafka_bootstrap, topic_prefix, partitions=1)
     log = KafkaLog(kafka_bootstrap, topic_prefix)
@@ -39,6 +41,10 @@ def test_a_partition_is_taken_over_while_its_position_is_in_an_open_transaction(
     producer.send_offsets_to_transaction([position], killed.group_metadata(), 30.0)
 
     successor = _joined(log)
+    monkeypatch.setattr(kafka_connection, "CALL_S", 1.0)
+    with pytest.raises(Unreachable, match="a transaction that has not ended"):
+        successor.committed([where])
+    monkeypatch.undo()
     log.transactional("engine.0").close()  # ends what is open
     assert successor.committed([where]) == {where: None}
     successor.close()
