@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 
 from hypothesis import HealthCheck, settings
 
@@ -14,3 +15,6 @@ settings.register_profile(
     "perdure", deadline=None, derandomize="CI" in os.environ, suppress_health_check=[HealthCheck.too_slow]
 )
 settings.load_profile("perdure")
+
+# A shell has what it runs in the background ignore SIGINT, and every process that a test starts would inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
