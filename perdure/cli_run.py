@@ -34,6 +34,9 @@ def _files(command: C) -> C:
 
 @click.command()
 @click.option("--processes", type=click.IntRange(1, 64), default=1, show_default=True, help="Engine processes to run.")
+@click.option(
+    "--standbys", is_flag=True, default=None, help="Keep warm copies of the partitions of others (PERDURE_STANDBYS)."
+)
 @_files
 @session
 def engine(session: Session, processes: int, **flags: Any) -> int:

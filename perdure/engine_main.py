@@ -36,7 +36,7 @@ def main(settings: Settings, *, processes: int = 1, ready: Callable[[int], None]
     taker = None
     if settings.blobs is not None:
         taker = SnapshotTaker(Snapshots(open_blobs(settings.blobs)), BUILD, Often(rows=settings.snapshot_rows))
-    host = EngineHost(log, keys, state_directory(settings), taker=taker, on_ready=ready)
+    host = EngineHost(log, keys, state_directory(settings), taker=taker, standbys=settings.standbys, on_ready=ready)
     on_stop_signals(host.stop)
     host.run()
     return 0

@@ -68,6 +68,8 @@ class Settings(BaseSettings):
     record, and a host without a store reads the whole changelog."""
     snapshot_rows: int = Field(default=200_000, ge=1)
     """After how many changed rows of a partition the engine takes another snapshot of it."""
+    standbys: bool = False
+    """Whether an engine process keeps warm copies of the partitions that others have, to take them over at once."""
     kafka: dict[str, str] = Field(default_factory=dict, repr=False)
     """Any librdkafka option, such as security.protocol."""
 

@@ -24,10 +24,12 @@ from perdure.streams.host_slots import HostSlot, host_id
 from perdure.streams.kafka_log import KafkaLog
 from perdure.streams.local_engine import engine_kind
 from perdure.streams.log import Log
-from perdure.streams.runner import Runner
+from perdure.streams.processor import Kind
+from perdure.streams.runner import Runner, wall_clock
 from perdure.streams.schema_lookup import SchemaLookup
 from perdure.streams.shard import Shard
 from perdure.streams.snapshot_taker import SnapshotTaker
+from perdure.streams.standbys import Standbys
 
 ENGINES = "engine/"
 """Names in `config`: instance id of an engine process -> build, and highest feature level that it knows."""
@@ -70,8 +72,10 @@ class EngineHost:
         state_dir: Path,
         *,
         taker: SnapshotTaker | None = None,
+        standbys: bool = False,
         on_ready: Callable[[int], None] = lambda _: None,
     ) -> None:
+        """`standbys`: keep warm copies of the partitions that other engine processes have."""
         topology.verify_topics(log)
         publish_schemas(log)
         self._slot = HostSlot(state_dir, "engine")
@@ -85,16 +89,23 @@ class EngineHost:
         instance = f"{host_id(state_dir)}-{self._slot.number}"
         self._introduce(instance)
         self._stopped = threading.Event()
+        kind = engine_kind(log.partitions, keys)
+        self._standbys = self._stand_by(kind, state_dir) if standbys else None
         self._runner = Runner(
             log,
-            engine_kind(log.partitions, keys),
+            kind,
             state_dir / "partition",
             instance=instance,
             committed=False,
             duties=self._duties,
             taker=taker,
+            standbys=self._standbys,
             on_ready=on_ready,
         )
+
+    def _stand_by(self, kind: Kind, state_dir: Path) -> Standbys:
+        snapshots = None if self._taker is None else self._taker.snapshots
+        return Standbys(self._log, kind, state_dir / "standby" / str(self._slot.number), snapshots, wall_clock)
 
     def _duties(self, shard: Shard) -> Duties:
         assert isinstance(shard.processor, Engine)
@@ -108,6 +119,8 @@ class EngineHost:
             self._runner.run()
         finally:
             self._stopped.set()
+            if self._standbys is not None:
+                self._standbys.close(_UPLOAD_S)
             if self._taker is not None:
                 self._taker.close(_UPLOAD_S)
             watcher.join(5.0)

@@ -1,13 +1,15 @@
 """The store that a partition starts with: the nearest one from which its changelog leads to the present.
 
-In this order: the local store; the newest snapshot that can be used; an empty store, when the changelog is whole. What
-is passed over is named in the log, with the reason. When none will do, recovery is refused: nothing starts half.
+In this order: the local store, or the warm copy that was kept of another member's, whichever is newer; the newest
+snapshot that can be used; an empty store, when the changelog is whole. What is passed over is named in the log, with
+the reason. When none will do, recovery is refused: nothing starts half.
 """
 
 from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
+from pathlib import Path
 
 from perdure.schemas import topics
 from perdure.schemas.errors import InfrastructureError, LogTruncated, NotFound
@@ -36,16 +38,25 @@ class Span:
 
 
 def open_store(
-    log: Log, kind: Kind, place: Place, generations: Generations, snapshots: Snapshots | None, now: int
+    log: Log,
+    kind: Kind,
+    place: Place,
+    generations: Generations,
+    snapshots: Snapshots | None,
+    now: int,
+    warm: Path | None = None,
 ) -> RocksStore:
     """The store to start with; `now` is wall time in ms. Blocks, for minutes when a large snapshot is fetched.
+
+    warm: the directory of a closed store on the same file system, to be taken if it is the newest there is.
 
     Raises `LogTruncated` when no way leads to the present, `Unreachable`, or another `InfrastructureError`.
     """
     if kind.changelog is None:
         return generations.open() or generations.begin()
     span = _span(log, kind.changelog, place.partition, now)
-    store = _local(generations, span) or _from_snapshot(generations, snapshots, place, span)
+    store = _newer(_local(generations, span), warm, generations, span)
+    store = store or _from_snapshot(generations, snapshots, place, span)
     if store is None:
         if span.first > 0:
             raise LogTruncated(
@@ -81,16 +92,43 @@ def _local(generations: Generations, span: Span) -> RocksStore | None:
     return None
 
 
+def _newer(local: RocksStore | None, warm: Path | None, generations: Generations, span: Span) -> RocksStore | None:
+    """The local store, or the warm copy as its next generation."""
+    if warm is None:
+        return local
+    try:
+        copy = RocksStore(warm)
+    except InfrastructureError as error:
+        LOG.warning("the warm copy is not used: %s", error)
+        return local
+    why, position = _unusable(copy, span), _position(copy)
+    copy.close()
+    if why is not None:
+        LOG.warning("the warm copy %s is not used: %s", warm, why)
+        return local
+    if local is not None:
+        if _position(local) >= position:
+            return local
+        local.close()
+    LOG.info("the warm copy %s is taken, which stands at %d of %d", warm, position, span.end)
+    return generations.adopt(warm)
+
+
 def _unusable(store: RocksStore, span: Span) -> str | None:
-    position, as_of = store.get(CHANGELOG_POSITION), store.get(AS_OF)
+    as_of = store.get(AS_OF)
     if as_of is None:
         return "it does not say as of when it is"
     if int.from_bytes(as_of, "big") < span.oldest:
         return "it is so old that deletions made since may be gone from the changelog"
-    offset = 0 if position is None else int.from_bytes(position, "big")
+    offset = _position(store)
     if offset < span.first:
         return f"it stands at {offset}, but the changelog begins at {span.first}"
     return None
+
+
+def _position(store: RocksStore) -> int:
+    stored = store.get(CHANGELOG_POSITION)
+    return 0 if stored is None else int.from_bytes(stored, "big")
 
 
 def _from_snapshot(

@@ -26,6 +26,7 @@ from perdure.streams.recovery import open_store
 from perdure.streams.shard import Shard
 from perdure.streams.snapshot_taker import SnapshotDuty, SnapshotTaker
 from perdure.streams.snapshots import Place
+from perdure.streams.standbys import Standbys
 from perdure.streams.store import RocksStore
 
 _BUFFER_RECORDS = 5_000
@@ -68,10 +69,11 @@ class Runner:
         committed: bool = True,
         duties: Callable[[Shard], ShardDuties] | None = None,
         taker: SnapshotTaker | None = None,
+        standbys: Standbys | None = None,
         on_ready: Callable[[int], None] = lambda _: None,
     ) -> None:
         self.log, self.kind, self.directory = log, kind, directory
-        self.duties, self.taker, self.on_ready = duties, taker, on_ready
+        self.duties, self.taker, self.standbys, self.on_ready = duties, taker, standbys, on_ready
         self._stopping = threading.Event()
         self._failure: BaseException | None = None
         self._lanes: dict[int, Lane] = {}
@@ -144,10 +146,16 @@ class Runner:
         for number in numbers:
             if number not in self._lanes:
                 self._lanes[number] = Lane(self, number)
+        self._stand_by()
 
     def _revoked(self, partitions: list[TopicPartition], lost: bool) -> None:  # noqa: ARG002
         # Lost or not is one: the commits of a member that was put out are refused, by its generation.
         self._close_lanes(sorted({p for _, p in partitions}))
+        self._stand_by()
+
+    def _stand_by(self) -> None:
+        if self.standbys is not None:
+            self.standbys.keep(set(range(self.log.partitions)) - self._lanes.keys())
 
     def _close_lanes(self, numbers: list[int]) -> None:
         lanes = [self._lanes.pop(n) for n in numbers if n in self._lanes]
@@ -220,7 +228,8 @@ class Lane:
     def _run(self) -> None:
         try:
             place = self._patiently(self._place)
-            store = None if place is None else self._patiently(lambda: self._open_store(place))
+            warm = None if self._runner.standbys is None else self._runner.standbys.take(self._partition)
+            store = None if place is None else self._patiently(lambda: self._open_store(place, warm))
             if place is None or store is None:
                 return
             shard = self._patiently(lambda: self._open(store))
@@ -248,11 +257,11 @@ class Lane:
         kind = self._runner.kind
         return Place(kind.name, self._partition, self._runner.log.topic_id(kind.changelog or kind.inputs[0]))
 
-    def _open_store(self, place: Place) -> RocksStore:
+    def _open_store(self, place: Place, warm: Path | None) -> RocksStore:
         runner = self._runner
         generations = Generations(runner.directory / place.kind / place.changelog_id / str(place.partition))
         snapshots = None if runner.taker is None else runner.taker.snapshots
-        return open_store(runner.log, runner.kind, place, generations, snapshots, wall_clock())
+        return open_store(runner.log, runner.kind, place, generations, snapshots, wall_clock(), warm)
 
     def _open(self, store: RocksStore) -> Shard:
         runner = self._runner

@@ -52,6 +52,7 @@ SHELL = frozenset(
         "shard",
         "snapshot_taker",
         "snapshots",
+        "standbys",
         "store",
         "survey",
         "topology",

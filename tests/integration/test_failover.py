@@ -58,6 +58,20 @@ def test_a_host_that_is_lost_is_replaced_by_the_others(stack: Stack) -> None:
     equal(stack, second, "b")
 
 
+def test_a_host_with_warm_copies_takes_over_where_the_lost_one_was(stack: Stack) -> None:
+    stack.environment["PERDURE_STANDBYS"] = "true"
+    first, second = host(stack, "a").start(), host(stack, "b").start()
+    with traffic_on(stack, second) as traffic:
+        shared_out(stack, first, second)
+        second.await_text("has a warm copy here", stack.log.partitions // 2)
+        traffic.flows()
+        first.kill()
+        traffic.flows()
+        second.await_text("is taken, which stands at", stack.log.partitions // 2)
+        traffic.stop()
+    equal(stack, second, "b")
+
+
 def test_a_host_that_stood_still_longer_than_its_session_changes_nothing_any_more(stack: Stack) -> None:
     zombie, heir = host(stack, "a").start(), host(stack, "b").start()
     with traffic_on(stack, heir) as traffic:
