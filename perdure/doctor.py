@@ -18,7 +18,14 @@ from perdure.settings import Settings, is_loopback
 from perdure.streams.kafka_log import KafkaLog
 from perdure.streams.local_engine import GROUP
 from perdure.streams.log import Record, records_of
-from perdure.streams.survey import TopicFacts, committed_offsets, offset_at, survey_group, survey_topics
+from perdure.streams.survey import (
+    TopicFacts,
+    committed_offsets,
+    offset_at,
+    open_since,
+    survey_group,
+    survey_topics,
+)
 from perdure.streams.topology import pinned
 
 if TYPE_CHECKING:
@@ -85,7 +92,7 @@ def _gather(
         now=now, brokers=brokers, version=ours.kafka_version if ours else None, topics=found, pinned=count,
         group=group, committed=committed, unread_at=unread_at, answers=answers, answer_ms=answer_ms, skews=skews,
         beats=beats, workers=workers, quarantined=_quarantined(log, found[topics.QUARANTINE.name]),
-        dead_letters=_dead_letters(log, found[topics.DEAD_LETTERS.name]),
+        dead_letters=_dead_letters(log, found[topics.DEAD_LETTERS.name]), open_since=open_since(log, found.values()),
     )  # fmt: skip
 
 

@@ -20,6 +20,8 @@ SKEW_MAX_MS = limits.CLOCK_AGREES_MS
 METRICS_MS = 30_000
 """Between two metrics of a live worker, with room: they are written every 10 s."""
 DISK_MIN = 1_000_000_000
+OPEN_MAX_MS = 60_000
+"""The engine's own transactions are ended after 15 s; another program's by default after 60 s."""
 _NAMED = 3
 
 
@@ -78,6 +80,8 @@ class Facts:
     quarantined: tuple[int, str] = (0, "")
     """(how many, the newest in words)"""
     dead_letters: int = 0
+    open_since: Mapping[str, int] = field(default_factory=dict)
+    """topic/partition -> log time of the first record whose transaction has not ended, where there is one."""
 
 
 def examine(facts: Facts) -> list[Finding]:
@@ -188,6 +192,19 @@ def _retention(f: Facts) -> Iterator[Finding]:
     else:
         unread = "nothing is unread" if oldest is None else f"the oldest unread is {_span(waits)} old"
         yield ok("retention", f"inputs are kept {for_}; {unread}")
+
+
+def _transactions(f: Facts) -> Iterator[Finding]:
+    hung = {place: f.now - at for place, at in f.open_since.items() if f.now - at > OPEN_MAX_MS}
+    if hung:
+        longest = max(hung.values())
+        yield wrong(
+            "transactions",
+            f"not ended for {_span(longest)}: {_some(sorted(hung))}; readers wait there",
+            "whose it is: kafka-transactions.sh find-hanging. Kafka 4.3.0 to 4.4.0 lose ends themselves (KAFKA-20734)",
+        )
+    else:
+        yield ok("transactions", "none has been open for long")
 
 
 def _engine(f: Facts) -> Iterator[Finding]:
@@ -306,7 +323,7 @@ def _left_overs(f: Facts) -> Iterator[Finding]:
 
 
 _CHECKS: tuple[Callable[[Facts], Iterator[Finding]], ...] = (
-    _broker, _topics, _partitions, _replication, _retention, _engine, _workers, _clocks, _left_overs,
+    _broker, _topics, _partitions, _replication, _retention, _transactions, _engine, _workers, _clocks, _left_overs,
 )  # fmt: skip
 
 

@@ -9,13 +9,14 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from confluent_kafka import Consumer, TopicPartition
+from confluent_kafka import Consumer, IsolationLevel, TopicPartition
 from confluent_kafka.admin import AdminClient, OffsetSpec  # type: ignore[attr-defined]
 
 from perdure.schemas import topics
 from perdure.schemas.topics import Topic
 from perdure.streams.kafka_connection import ASK_S, patiently, quiet
 from perdure.streams.kafka_log import KafkaLog
+from perdure.streams.log import records_of
 from perdure.streams.topology import settings_of, settings_off
 
 _RETENTION = "retention.ms"
@@ -117,8 +118,26 @@ def survey_topics(log: KafkaLog) -> list[TopicFacts]:
     return [facts(topic) for topic in topics.ALL]
 
 
+def open_since(log: KafkaLog, found: Iterable[TopicFacts]) -> dict[str, int]:
+    """topic/partition -> log time, ms, of the record that readers of committed records wait at, where there is one."""
+    facts = {(t.topic.on(log.prefix), p.partition): (t.topic.name, p) for t in found for p in t.partitions}
+    where = [TopicPartition(name, partition) for name, partition in facts]
+    stable = _offsets(log, where, OffsetSpec.latest(), IsolationLevel.READ_COMMITTED)  # type: ignore[no-untyped-call]
+    waiting: dict[str, int] = {}
+    for place, (name, p) in facts.items():
+        if stable[place][0] < p.end:
+            rest = records_of(log, name, p.partition, first=max(p.first, stable[place][0]), committed=False)
+            first = next(rest, None)
+            if first is not None:
+                waiting[f"{name}/{p.partition}"] = first.at
+    return waiting
+
+
 def _offsets(
-    log: KafkaLog, where: Iterable[TopicPartition], spec: Any
+    log: KafkaLog,
+    where: Iterable[TopicPartition],
+    spec: Any,
+    level: IsolationLevel = IsolationLevel.READ_UNCOMMITTED,
 ) -> dict[tuple[str, int], tuple[int, int | None]]:
     """(topic, partition) -> (offset, time of its record if the question was about times)."""
     wanted = dict.fromkeys(where, spec)
@@ -126,9 +145,8 @@ def _offsets(
     def ask(admin: AdminClient) -> dict[_Place, tuple[int, int | None]]:
         if not wanted:
             return {}
-        told = {
-            (w.topic, w.partition): f.result() for w, f in admin.list_offsets(wanted, request_timeout=ASK_S).items()
-        }
+        asked = admin.list_offsets(wanted, isolation_level=level, request_timeout=ASK_S)
+        told = {(w.topic, w.partition): f.result() for w, f in asked.items()}
         return {place: (info.offset, info.timestamp if info.timestamp >= 0 else None) for place, info in told.items()}
 
     return log.ask(ask, "no offsets")

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from confluent_kafka import Producer
 from confluent_kafka.admin import (  # type: ignore[attr-defined]
     AlterConfigOpType,
     ConfigEntry,
@@ -16,7 +18,7 @@ from confluent_kafka.admin import (  # type: ignore[attr-defined]
 )
 
 from perdure.schemas import topics
-from perdure.streams.survey import survey_group
+from perdure.streams.survey import open_since, survey_group, survey_topics
 from tests.integration.stack import Stack, stack_on, until
 
 pytestmark = pytest.mark.kafka
@@ -67,6 +69,19 @@ def test_the_doctor_sees_a_namespace_that_works_and_one_that_does_not(stack: Sta
 
     code, told = perdure(stack, "doctor", "--bootstrap", "127.0.0.1:1")
     assert (code, told["error"]["code"]) == (4, "unreachable")
+
+
+def test_a_transaction_without_an_end_is_seen(stack: Stack) -> None:
+    stranger = Producer({"bootstrap.servers": stack.bootstrap, "transactional.id": f"{stack.prefix}x", "log_level": 0})
+    stranger.init_transactions(30.0)
+    stranger.begin_transaction()
+    stranger.produce(topics.COMMANDS.on(stack.prefix), b"{}", partition=2)
+    stranger.flush(30.0)
+    (at,) = open_since(stack.log, survey_topics(stack.log)).values()
+    assert abs(at - time.time_ns() // 1_000_000) < 60_000
+    assert open_since(stack.log, survey_topics(stack.log)).keys() == {f"{topics.COMMANDS.name}/2"}
+    stranger.abort_transaction(30.0)
+    until("no open transaction", lambda: not open_since(stack.log, survey_topics(stack.log)))
 
 
 def test_topics_that_are_missing_or_off_are_named_and_made(stack: Stack) -> None:

@@ -39,7 +39,7 @@ def worker(name: str, **changed: Any) -> WorkerMetrics:
 
 
 WELL = Facts(
-    now=NOW, brokers=3, version="4.3.1", topics={t.name: topic(t) for t in topics.ALL}, pinned=4,
+    now=NOW, brokers=3, version="4.2.2", topics={t.name: topic(t) for t in topics.ALL}, pinned=4,
     group=GroupFacts("STABLE", (Owner("c", "h1", "i1", (0, 1)), Owner("c", "h2", "i2", (2, 3)))),
     committed=dict.fromkeys(range(4), 100), unread_at={}, answers=4, answer_ms=12, skews={"this machine": 5},
     beats={"s-a": NOW - 1_000, "s-b": NOW - 2_000}, workers=(worker("a"), worker("b")),
@@ -80,6 +80,11 @@ WRONG: list[tuple[str, dict[str, Any], str]] = [
     ("replication", with_partitions("task-logs", lambda p: replace(p, replicas=2, in_sync=2)), "2 copies of each"),
     ("retention", with_partitions("task-commands", lambda p: replace(p, first=101, end=200)), "deleted unread in"),
     ("retention", {"unread_at": {2: NOW - 6 * DAY}}, "oldest unread input is 6d old, and inputs are kept for 7d"),
+    (
+        "transactions",
+        {"open_since": {"task-commands/2": NOW - 300_000, "task-events/1": NOW - 1_000}},
+        "not ended for 5m: task-commands/2; readers",
+    ),
     ("engine", {"group": GroupFacts("EMPTY", ())}, "no engine runs"),
     ("engine", {"group": GroupFacts("STABLE", WELL.group.owners[:1])}, "nobody owns partitions 2, 3"),
     (
