@@ -33,6 +33,33 @@ _OPTIONS: dict[str, Any] = {
 }  # fmt: skip
 
 
+_MOVING = frozenset(
+    {
+        KafkaError.NOT_LEADER_FOR_PARTITION,
+        KafkaError.LEADER_NOT_AVAILABLE,
+        KafkaError.UNKNOWN_LEADER_EPOCH,
+        KafkaError.FENCED_LEADER_EPOCH,
+        KafkaError._TRANSPORT,
+    }
+)
+"""What a client is told that knows an older leader; it asks for the present one by itself."""
+_AGAIN_S = 0.1
+
+
+def _watermarks(consumer: Consumer, where: TopicPartition) -> tuple[int, int]:
+    """(first offset kept, end) as the consumer may see it. Raises `Unreachable` after 10 s."""
+    deadline = time.monotonic() + _ASK_S
+    while True:
+        try:
+            low, high = consumer.get_watermark_offsets(where, timeout=_ASK_S)
+        except KafkaException as error:
+            if error.args[0].code() not in _MOVING or time.monotonic() > deadline:
+                raise Unreachable(f"no offsets of {where.topic}: {error.args[0].str()}") from error
+            time.sleep(_AGAIN_S)
+        else:
+            return low, high
+
+
 @dataclass(slots=True)
 class _Record:
     """A record as it was read."""
@@ -61,11 +88,7 @@ class _Topic:
 
     def bounds(self, partition: int) -> tuple[int, int]:
         """(first offset kept, end); read committed, the end is that of the last transaction that has ended."""
-        try:
-            low, high = self._consumer.get_watermark_offsets(self._where(partition), timeout=_ASK_S)
-        except KafkaException as error:
-            raise Unreachable(f"no offsets of {self._prefix}{self.name}: {error.args[0].str()}") from error
-        return low, high
+        return _watermarks(self._consumer, self._where(partition))
 
     def partitions(self) -> int:
         """How many the topic has."""
@@ -175,10 +198,7 @@ class AuditReader:
         mine.settle()
 
     def _end(self, name: str, partition: int) -> int:
-        try:
-            return self._ends.get_watermark_offsets(TopicPartition(self._prefix + name, partition), timeout=_ASK_S)[1]
-        except KafkaException as error:
-            raise Unreachable(f"no offsets of {self._prefix}{name}: {error.args[0].str()}") from error
+        return _watermarks(self._ends, TopicPartition(self._prefix + name, partition))[1]
 
     def _read_all(self, name: str, partition: int, target: int) -> None:
         topic = self._topics[name]
