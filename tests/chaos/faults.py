@@ -472,9 +472,11 @@ def clock_step(c: Campaign) -> float | None:
     """The clock of an engine's host is an hour wrong for some seconds."""
     engine = c.draw.choice(c.engines)
     c.set_clock(engine.name, c.draw.choice((-HOUR_MS, HOUR_MS)))
-    time.sleep(c.draw.uniform(2.0, 6.0))  # the fault itself
-    c.recovered(time.monotonic(), "the step")
-    c.set_clock(engine.name, 0)
+    try:
+        time.sleep(c.draw.uniform(2.0, 6.0))  # the fault itself
+        c.recovered(time.monotonic(), "the step")
+    finally:
+        c.set_clock(engine.name, 0)
     return c.recovered(time.monotonic(), "the step back")
 
 
