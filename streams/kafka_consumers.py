@@ -217,8 +217,8 @@ class KafkaMember(_Consuming):
         self._metadata = self._consumer.consumer_group_metadata()
         return found
 
-    def committed(self, wanted: Iterable[Where]) -> dict[Where, int | None]:
-        return committed(self._log, self.group, wanted)
+    def committed(self, wanted: Iterable[Where], *, settled: bool = True) -> dict[Where, int | None]:
+        return committed(self._log, self.group, wanted, settled=settled)
 
     def seek(self, topic: str, partition: int, offset: int) -> None:
         where = TopicPartition(self._log.prefix + topic, partition, _OFFSETS.get(offset, offset))

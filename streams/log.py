@@ -78,8 +78,11 @@ class Member(Protocol):
     def read(self, max_records: int, timeout_s: float) -> list[Record]:
         """At most `max_records`; waits up to `timeout_s` for the first, not for more. Runs the rebalance callbacks."""
 
-    def committed(self, wanted: Iterable[TopicPartition]) -> dict[TopicPartition, int | None]:
-        """The group's committed offsets; None where there is none. Blocks for at most 10 s, then `Unreachable`."""
+    def committed(self, wanted: Iterable[TopicPartition], *, settled: bool = True) -> dict[TopicPartition, int | None]:
+        """The group's committed offsets; None where there is none. Blocks for at most 10 s, then `Unreachable`.
+
+        settled: those in transactions that have not ended are waited for, and not passed over.
+        """
 
     def seek(self, topic: str, partition: int, offset: int) -> None:
         """Read on from `offset`; records of the partition already handed to the local queue are dropped."""

@@ -311,7 +311,7 @@ class MemoryMember(_Reading):
         self._run_callbacks()
         return super().read(max_records, timeout_s)
 
-    def committed(self, wanted: Iterable[TopicPartition]) -> dict[TopicPartition, int | None]:
+    def committed(self, wanted: Iterable[TopicPartition], *, settled: bool = True) -> dict[TopicPartition, int | None]:  # noqa: ARG002 - here they always are
         return self._log.committed(self.group, wanted)
 
     def seek(self, topic: str, partition: int, offset: int) -> None:

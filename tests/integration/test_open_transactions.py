@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import gc
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from confluent_kafka import Producer, TopicPartition
+from confluent_kafka import Consumer, Producer, TopicPartition
 
 from perdure.schemas import topics
 from perdure.schemas.errors import Unreachable
@@ -19,10 +19,16 @@ from perdure.streams.kafka_log import KafkaLog
 from perdure.streams.log import OutcomeUnknown
 from perdure.streams.topology import create_topics
 from tests.chaos.proxy import proxied_kafka
-from tests.integration.stack import until
+from tests.integration.stack import Stack, stack_on, until
 
 pytestmark = pytest.mark.kafka
 GROUP = "engine"
+
+
+@pytest.fixture
+def stack(kafka_bootstrap: str, topic_prefix: str, tmp_path: Path) -> Iterator[Stack]:
+    with stack_on(kafka_bootstrap, topic_prefix, tmp_path) as made:
+        yield made
 
 
 def test_a_partition_is_taken_over_while_its_position_is_in_an_open_transaction(
@@ -48,6 +54,25 @@ def test_a_partition_is_taken_over_while_its_position_is_in_an_open_transaction(
     log.transactional("engine.0").close()  # ends what is open
     assert successor.committed([where]) == {where: None}
     successor.close()
+
+
+def test_an_engine_starts_although_its_position_is_pending_for_ever(stack: Stack) -> None:
+    """So a group coordinator may hold it after a broker's restart; the state in the changelog knows its own position."""
+    stranger = Producer({
+        "bootstrap.servers": stack.bootstrap, "transactional.id": f"{stack.prefix}stranger", "log_level": 0,
+        "transaction.timeout.ms": 600_000,
+    })  # fmt: skip
+    stranger.init_transactions(30.0)
+    stranger.begin_transaction()
+    group = Consumer({"bootstrap.servers": stack.bootstrap, "group.id": stack.prefix + GROUP, "log_level": 0})
+    positions = [TopicPartition(topics.COMMANDS.on(stack.prefix), p, 0) for p in range(stack.log.partitions)]
+    stranger.send_offsets_to_transaction(positions, group.consumer_group_metadata(), 30.0)
+    group.close()
+    engine = stack.engine()
+    stack.worker(name="w")
+    assert stack.result(stack.submit("add", {"a": 1, "b": 2})) == 3
+    stranger.abort_transaction(30.0)
+    stack.check_store(engine)
 
 
 def test_a_producer_that_nobody_has_any_more_leaves_no_thread(kafka_bootstrap: str, topic_prefix: str) -> None:
