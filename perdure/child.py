@@ -293,8 +293,8 @@ class AsyncChannel:
         """Nothing: the loop reads."""
 
     def wait(self) -> None:
-        """Never called: async attempts await."""
-        raise NotImplementedError
+        """Not on the event loop: async attempts await."""
+        raise AssertionError("an async attempt never blocks for a frame")
 
 
 class AsyncChild:
