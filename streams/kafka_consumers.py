@@ -150,8 +150,9 @@ def committed(log: Connection, group: str, wanted: Iterable[Where], *, settled: 
             raise
         committed(log, group, wanted, settled=False)  # raises, unless it is only the settling that does not come
         raise Unreachable(
-            f"offsets of group {group} are in a transaction that has not ended for {CALL_S:g} s. If that lasts, the "
-            f"broker has lost its end, as Kafka 4.3.0 to 4.4.0 do (KAFKA-20734): `kafka-transactions.sh find-hanging`"
+            f"offsets of group {group} are in a transaction that has not ended for {CALL_S:g} s. If that lasts: "
+            f"`kafka-transactions.sh find-hanging` (Kafka 4.3.0 to 4.4.0 lose ends: KAFKA-20734); if it finds none, "
+            f"restart the broker that coordinates the group"
         ) from error
     return {(log.plain(f.topic), f.partition): f.offset if f.offset >= 0 else None for f in found}
 

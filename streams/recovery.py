@@ -98,16 +98,18 @@ def _newer(local: RocksStore | None, warm: Path | None, generations: Generations
         return local
     try:
         copy = RocksStore(warm)
+        try:
+            why, position = _unusable(copy, span), position_of(copy)
+        finally:
+            copy.close()
     except InfrastructureError as error:
         LOG.warning("the warm copy is not used: %s", error)
         return local
-    why, position = _unusable(copy, span), _position(copy)
-    copy.close()
     if why is not None:
         LOG.warning("the warm copy %s is not used: %s", warm, why)
         return local
     if local is not None:
-        if _position(local) >= position:
+        if position_of(local) >= position:
             return local
         local.close()
     LOG.info("the warm copy %s is taken, which stands at %d of %d", warm, position, span.end)
@@ -120,13 +122,14 @@ def _unusable(store: RocksStore, span: Span) -> str | None:
         return "it does not say as of when it is"
     if int.from_bytes(as_of, "big") < span.oldest:
         return "it is so old that deletions made since may be gone from the changelog"
-    offset = _position(store)
+    offset = position_of(store)
     if offset < span.first:
         return f"it stands at {offset}, but the changelog begins at {span.first}"
     return None
 
 
-def _position(store: RocksStore) -> int:
+def position_of(store: RocksStore) -> int:
+    """Up to where a store has read its changelog."""
     stored = store.get(CHANGELOG_POSITION)
     return 0 if stored is None else int.from_bytes(stored, "big")
 

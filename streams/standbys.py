@@ -16,7 +16,7 @@ from perdure.schemas.errors import InfrastructureError, Unreachable
 from perdure.streams.generations import Generations
 from perdure.streams.log import Log, Reader, Record
 from perdure.streams.processor import Kind
-from perdure.streams.recovery import open_store
+from perdure.streams.recovery import open_store, position_of
 from perdure.streams.shard import AS_OF, CHANGELOG_POSITION, RESTORE_BATCH
 from perdure.streams.snapshots import Place, Snapshots
 from perdure.streams.store import RocksStore
@@ -42,8 +42,7 @@ class _Copy:
 
     @property
     def position(self) -> int:
-        stored = self.store.get(CHANGELOG_POSITION)
-        return int.from_bytes(stored, "big") if stored else 0
+        return position_of(self.store)
 
     def take_in(self, records: list[Record]) -> None:
         writes: dict[bytes, bytes | None] = {r.key: r.value for r in records if r.key is not None}
