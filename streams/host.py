@@ -42,12 +42,14 @@ def publish_schemas(log: Log) -> None:
     view = ConfigView(log)
     view.refresh()
     view.close()
+    schemas = {f"schema/{fingerprint}": schema for fingerprint, schema in codec.published_schemas().items()}
+    unknown = schemas.keys() - view.names.keys()
+    if not unknown:
+        return
     producer = log.producer()
-    for fingerprint, schema in codec.published_schemas().items():
-        name = f"schema/{fingerprint}"
-        if name not in view.names:
-            record = ConfigRecord(name=name, content=json.dumps(schema, separators=(",", ":")).encode())
-            producer.append(topics.CONFIG.name, 0, name.encode(), codec.encode(record))
+    for name in sorted(unknown):
+        record = ConfigRecord(name=name, content=json.dumps(schemas[name], separators=(",", ":")).encode())
+        producer.append(topics.CONFIG.name, 0, name.encode(), codec.encode(record))
     producer.flush(30.0)
     producer.close()
 

@@ -31,6 +31,9 @@ _NEVER_MADE = "in state CONNECT"
 _OFFSETS_S = 3.0
 """How long the group's coordinator may take; see `_Bounded`."""
 _INIT_S = 10.0
+_INIT_ASK_S = 0.05
+"""After this the coordinator is asked again, unless its answer is still to come. A predecessor's transaction is aborted
+within milliseconds; left alone, librdkafka asks again only after 500."""
 _END_S = 5.0
 """How long the records of a transaction may take to get out, and then its end. After a broker's outage one producer in
 four did neither for ever (the issues of `_Bounded`); a new one settles what has become of the transaction at once."""
@@ -186,13 +189,16 @@ class KafkaTransactional:
             "transactional.id": self._log.prefix + self._name, "transaction.timeout.ms": 15_000,
             "message.timeout.ms": 15_000, "retry.backoff.ms": 10, "error_cb": quiet,
         }) | {"logger": self._link, "log_level": 6})  # fmt: skip
-        try:
-            producer.init_transactions(_INIT_S)
-        except KafkaException as error:
-            raise Unreachable(
-                f"no transactions for {self._name} on {self._log.bootstrap}: {error.args[0].str()}"
-            ) from error
-        return producer
+        deadline = time.monotonic() + _INIT_S
+        while True:
+            try:
+                producer.init_transactions(_INIT_ASK_S)
+                return producer
+            except KafkaException as error:
+                if time.monotonic() > deadline or not error.args[0].retriable():
+                    raise Unreachable(
+                        f"no transactions for {self._name} on {self._log.bootstrap}: {error.args[0].str()}"
+                    ) from error
 
     def begin(self) -> None:
         if self._suspect:

@@ -32,6 +32,8 @@ from perdure.streams.store import RocksStore
 _BUFFER_RECORDS = 5_000
 _BUFFER_BYTES = 32 * 1024 * 1024
 _READ_S = 0.2
+_OPENING_READ_S = 0.02
+"""While partitions are being opened: what they ask of the member is done between two reads."""
 _JOIN_S = 60.0
 LOG = logging.getLogger("perdure")
 _REJOIN_S = 60.0
@@ -106,7 +108,8 @@ class Runner:
 
     def _read(self) -> list[Record]:
         try:
-            return self.member.read(limits.BATCH_RECORDS, _READ_S)
+            opening = not all(lane.ready for lane in self._lanes.values())
+            return self.member.read(limits.BATCH_RECORDS, _OPENING_READ_S if opening else _READ_S)
         except Fenced as error:
             # A broker that stood still may take a member for its own successor. Soon again, it is another process that
             # goes by the same name, and one of the two has to end.
@@ -239,6 +242,8 @@ class Lane:
             try:
                 if self._restore(shard):
                     self._work(shard, store, place)
+            except BaseException as error:  # noqa: BLE001 - said first: closing may fail by the same cause, and tell less
+                self._runner.fail(error)
             finally:
                 shard.close()
         except BaseException as error:  # noqa: BLE001 - whatever ends a lane ends the runner, which raises it
@@ -281,8 +286,8 @@ class Lane:
             return False
         for topic, offset in positions.items():
             self._runner.member.seek(topic, self._partition, BEGIN if offset is None else offset)
-        self.ready = True
         self._runner.member.resume([(topic, self._partition) for topic in self._runner.kind.inputs])
+        self.ready = True
         self._runner.on_ready(self._partition)
         return True
 

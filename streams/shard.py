@@ -28,6 +28,8 @@ AS_OF = META + b"as of"
 """Wall time, ms, at which the store had all of the changelog: tombstones of later deletions it may never see."""
 _REFRESH_MS = 3_600_000
 RESTORE_BATCH = 2_000
+_RESTORE_GATHER_MS = 10
+"""How long the broker waits for more at the end of a changelog, which is where most restores begin."""
 LOG = logging.getLogger("perdure")
 REVOCATION_S = 3.0
 """Within this the group tells a member that its partition is another's: three heartbeats."""
@@ -82,7 +84,7 @@ class Shard:
             return
         stored = self._store.get(CHANGELOG_POSITION)
         begin = int.from_bytes(stored, "big") if stored else 0
-        reader = self._log.reader(committed=True)
+        reader = self._log.reader(committed=True, gather_ms=_RESTORE_GATHER_MS)
         # The target is the end with uncommitted records: this producer's creation has ended every older transaction.
         try:
             first, self._target = reader.bounds(self.kind.changelog, self.partition)

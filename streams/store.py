@@ -133,7 +133,8 @@ class RocksStore:
             Checkpoint(self._db).create_checkpoint(str(path))
 
     def close(self) -> None:
-        self._db.close()
+        with self._sound("closed"):
+            self._db.close()
 
     @contextmanager
     def _sound(self, doing: str) -> Iterator[None]:
