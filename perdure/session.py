@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from perdure.lending import Use, wanted_slots
 from perdure.schemas import codec, ids, limits, signing, topics
 from perdure.schemas.commands import SessionRecord, WorkerBeat, WorkerStarted, WorkerStopping
 from perdure.schemas.errors import DecodeError, InfrastructureError, Unreachable
@@ -26,6 +27,8 @@ STALE_MS = limits.LEASE_MS - limits.BEAT_MS
 """Age of the newest acknowledged beat from which the lease may end before the worker hears of it."""
 PUBLISH_TIMEOUT_S = 30.0
 INBOX_RECORDS = 500
+_LOOK_MS = 200
+"""How often slots may move while a partition is hungry."""
 
 Config = dict[str, tuple[int, Any]]
 """Name -> (version, content) of everything in `config`."""
@@ -99,21 +102,10 @@ def routing_by_partition(queues: Iterable[str], config: Config, partitions: int)
     return found
 
 
-def share_out(slots: int, weights: Mapping[int, int]) -> dict[int, int]:
-    """Slots lent to each partition: one at least, the others in proportion to its weight."""
-    spare, total = max(0, slots - len(weights)), sum(weights.values())
-    exact = {p: spare * w / total for p, w in weights.items()}
-    lent = {p: 1 + int(share) for p, share in exact.items()}
-    left = spare - sum(int(share) for share in exact.values())
-    for p in sorted(weights, key=lambda p: (int(exact[p]) - exact[p], p))[:left]:
-        lent[p] += 1
-    return lent
-
-
 # Sessions ------------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Lane:
     """This worker's slots for one executor.
 
@@ -138,7 +130,7 @@ class Session:
     id: str
     routing_keys: list[str]
     lent: int
-    """Slots lent to this partition."""
+    """Slots lent to this partition, as the newest beat has said or will say."""
     inbox_offset: int
     heard: int
     """When the newest beat that is known to be in the log was sent; at first, when the session began."""
@@ -146,9 +138,32 @@ class Session:
     grants_seen: int = 0
     running: int = 0
     """Attempts of the session that hold a slot."""
+    held: int = 0
+    """Slots lent by the newest word that is known to be in the log."""
+    pressed: bool = False
+    """Whether a grant has taken the last of the slots: there may be more work than they can do."""
     declined: bool = False
     """Whether a grant was declined: the engine gives no other before the next beat."""
     announced: bool = False
+
+    def take_slot(self) -> None:
+        """Another attempt of the session runs."""
+        self.running += 1
+        self.pressed = self.running >= self.lent
+
+    def free_slot(self) -> None:
+        """An attempt of the session has ended."""
+        self.running -= 1
+
+    @property
+    def hungry(self) -> bool:
+        """Whether the partition uses all that it is lent, and may have use for more."""
+        return self.pressed and self.running >= self.lent
+
+    @property
+    def bound(self) -> int:
+        """Slots that nobody else can be lent: the engine may count on them, or they are in use."""
+        return max(self.lent, self.held, self.running)
 
     @property
     def stale_at(self) -> int:
@@ -177,6 +192,7 @@ class Sessions:
         self._producer, self._signer, self._on_heard = producer, signer, on_heard
         self._labels = dict(labels or {})
         self._sessions: dict[tuple[int, str], Session] = {}
+        self._look_at, self._moving = 0, False
 
     def __iter__(self) -> Iterator[Session]:
         return iter(list(self._sessions.values()))
@@ -189,7 +205,7 @@ class Sessions:
         self, lane: Lane, partition: int, session_id: str, routing_keys: list[str], lent: int, offset: int, now: int
     ) -> Session:
         """A new session, announced to its partition."""
-        session = Session(lane, partition, session_id, routing_keys, lent, offset, heard=now, beat_due=now)
+        session = Session(lane, partition, session_id, routing_keys, lent, offset, heard=now, beat_due=now, held=lent)
         self._sessions[partition, session_id] = session
         self._announce(session, now)
         return session
@@ -207,19 +223,48 @@ class Sessions:
         )  # fmt: skip
 
     def beat(self, now: int, free: Callable[[Session], int]) -> None:
-        """Send the beats that are due."""
+        """Send the beats that are due, and those by which slots move to where all are in use."""
+        self._look(now)
         for session in self:
             if session.beat_due > now:
                 continue
             if not session.announced:
                 self._announce(session, now)
             session.beat_due = now + limits.BEAT_MS
-            message = WorkerBeat(session=session.id, grants_seen=session.grants_seen, free=free(session))
-            self._append(session, message, self._hears(session, now))
+            lent = self._lend(session)
+            session.pressed = session.hungry  # not by what it gives up now
+            session.lent = lent
+            message = WorkerBeat(
+                session=session.id, grants_seen=session.grants_seen, free=free(session), slots=session.lent
+            )
+            self._append(session, message, self._hears(session, now, lent))
 
     def next_beat(self) -> int | None:
-        """When the next beat is due; None: there is no session."""
-        return min((session.beat_due for session in self), default=None)
+        """When the next beat is due, or slots go on moving; None: there is no session."""
+        due = min((session.beat_due for session in self), default=None)
+        return min(due, self._look_at) if due is not None and self._moving else due
+
+    def _look(self, now: int) -> None:
+        """Where a partition is hungry, do not wait for the next beats to move slots."""
+        hungry = {session.lane for session in self if session.hungry} if now >= self._look_at else None
+        if not hungry:
+            return
+        self._look_at, self._moving = now + _LOOK_MS, False
+        for session in self:
+            if session.lane not in hungry:
+                continue
+            if self._lend(session) != session.lent:
+                session.beat_due, self._moving = now, True
+            elif session.held != session.lent:  # others wait for what it has given up
+                self._moving = True
+
+    def _lend(self, session: Session) -> int:
+        """Slots to lend to the session's partition: fewer at once, more only when others have given them up."""
+        lane = [s for s in self if s.lane is session.lane]
+        uses = {s.partition: Use(len(s.routing_keys), s.lent, s.running, s.hungry) for s in lane}
+        wanted = wanted_slots(session.lane.slots, uses)[session.partition]
+        spare = session.lane.slots - sum(s.bound for s in lane)
+        return min(wanted, session.lent + max(0, spare))
 
     def beat_after_decline(self, executor: str, now: int) -> None:
         """A slot is free: let the engine know of it at once where it has held back since a grant was declined."""
@@ -240,7 +285,7 @@ class Sessions:
             queues=session.routing_keys, slots=session.lent, inbox_offset=session.inbox_offset,
             labels=self._labels, host=socket.gethostname(), pid=os.getpid(),
         )  # fmt: skip
-        heard = self._hears(session, now)
+        heard = self._hears(session, now, session.lent)
 
         def on_ack(offset: int, error: InfrastructureError | None) -> None:
             if error is not None:
@@ -249,12 +294,13 @@ class Sessions:
 
         self._append(session, message, on_ack)
 
-    def _hears(self, session: Session, sent: int) -> OnAck:
+    def _hears(self, session: Session, sent: int, lent: int) -> OnAck:
         """A beat that cannot be appended needs no repeat: the next one says the same and more."""
 
         def on_ack(_offset: int, error: InfrastructureError | None) -> None:
             if error is None:
                 session.heard = max(session.heard, sent)
+                session.held = lent
                 self._on_heard(session)
 
         return on_ack

@@ -160,7 +160,7 @@ class Slots:
             return
         self._attempts[attempt.key] = attempt
         self._taken[executor] += 1
-        session.running += 1
+        session.take_slot()
         if grant.policy.strict_lease:
             self._timed.add(attempt)
         self._waiting[executor].append(attempt)
@@ -455,5 +455,5 @@ class Slots:
     def _release(self, attempt: Attempt) -> None:
         del self._attempts[attempt.key]
         self._taken[attempt.executor] -= 1
-        attempt.session.running -= 1
+        attempt.session.free_slot()
         self._freed(attempt.executor)

@@ -21,6 +21,7 @@ from perdure.capture import Lines, LogHandler
 from perdure.children import KillLadder, kill_ladder
 from perdure.connectors.checkpoints import CheckpointStore
 from perdure.connectors.large_values import LargeValues
+from perdure.lending import share_out
 from perdure.reporter import PROGRESS_MS, Reporter, end_report_of, report_of
 from perdure.schemas import codec, topics
 from perdure.schemas.common import Usage
@@ -28,7 +29,7 @@ from perdure.schemas.errors import InvalidRequest
 from perdure.schemas.inbox import CancelAttempt, PauseAttempt, RevokeAttempt, RunAttempt, StepPage
 from perdure.schemas.public import LogLine
 from perdure.schemas.reports import AttemptCrashed, AttemptStopped, ReportProgress
-from perdure.session import Lane, Session, Sessions, routing_by_partition, share_out
+from perdure.session import Lane, Session, Sessions, routing_by_partition
 from perdure.streams.log import Log, Record
 from perdure.tasks import TaskType
 from perdure.testing_strands import Dropped, Strand, VirtualClock, VirtualLoop, run_async
@@ -332,7 +333,7 @@ class InlineWorker:
             return
         if isinstance(message, RunAttempt):
             session.grants_seen = max(session.grants_seen, message.grant)
-            session.running += 1
+            session.take_slot()
             attempt = InlineAttempt(self, session, message, self._types[message.type])
             self._attempts[attempt.key] = attempt
             return
@@ -375,7 +376,7 @@ class InlineWorker:
     def _end(self, attempt: InlineAttempt) -> None:
         attempt.close_log()
         del self._attempts[attempt.key]
-        attempt.session.running -= 1
+        attempt.session.free_slot()
 
 
 class _Tee(io.TextIOBase):

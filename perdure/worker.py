@@ -33,6 +33,7 @@ from perdure.children import Events
 from perdure.connectors.checkpoints import store_id
 from perdure.connectors.large_values import Place
 from perdure.forkserver import ForkServer, Loaded
+from perdure.lending import share_out
 from perdure.reporter import Reporter
 from perdure.schemas import codec, topics
 from perdure.schemas.commands import CHECKPOINT_STORE
@@ -57,7 +58,6 @@ from perdure.session import (
     publish,
     read_config,
     routing_by_partition,
-    share_out,
 )
 from perdure.slots import Slots
 from perdure.streams.host_slots import HostSlot, host_id, worker_name

@@ -214,6 +214,7 @@ class WorkerBeat:
     session: A[str, "The session."]
     grants_seen: A[int, "Highest grant number of this session and partition that it has read."]
     free: A[int, "Slots lent to this partition that are idle."]
+    slots: A[int, "Slots it lends this partition from now on; 0: as many as before."] = 0
     key_id: A[str, "Worker key."] = ""
     hmac: A[bytes, "HMAC-SHA256 by the worker key over the record's bytes before this field."] = b""
 

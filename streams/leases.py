@@ -49,9 +49,10 @@ def beat(s: State, m: Moment, record: WorkerBeat) -> Outputs:
         return
     state = "live" if session.state == "suspect" else session.state
     seen = max(session.grants_seen, min(record.grants_seen, session.grants))
-    yield _note(
-        replace(session, beat=m.now, suspected=0, restarted=False, full=record.free <= 0, state=state, grants_seen=seen)
-    )
+    yield _note(replace(
+        session, beat=m.now, suspected=0, restarted=False, full=record.free <= 0, state=state, grants_seen=seen,
+        slots=record.slots if record.slots > 0 else session.slots,
+    ))  # fmt: skip
     if seen < session.grants:
         start = tables.number(seen + 1)
         for _, lease in list(islice(s.scan(tables.leases(record.session), start=start), limits.CHUNK)):

@@ -179,7 +179,8 @@ def _hear(found: dict[str, Session], strangers: dict[str, int], said: Any, at: i
                 labels=said.labels, host=said.host, pid=said.pid, since=at, beat=at,
             )  # fmt: skip
         case commands.WorkerBeat() if known is not None:
-            found[said.session] = replace(known, beat=at, full=said.free <= 0)
+            slots = said.slots if said.slots > 0 else known.slots
+            found[said.session] = replace(known, beat=at, full=said.free <= 0, slots=slots)
         case commands.WorkerStopping() if known is not None:
             found[said.session] = replace(known, beat=at, state="stopping")
         case _:

@@ -10,7 +10,7 @@ from perdure.schemas.commands import WorkerBeat, WorkerStarted, WorkerStopping
 from perdure.schemas.errors import InfrastructureError
 from perdure.schemas.inbox import EndSession, InboxRecord
 from perdure.schemas.public import ConfigRecord, Quarantined
-from perdure.session import Inbox, Lane, Session, Sessions, publish, read_config, routing_by_partition, share_out
+from perdure.session import Inbox, Lane, Session, Sessions, publish, read_config, routing_by_partition
 from perdure.streams.memory_log import MemoryLog
 from tests.unit.perdure.answering import KEYS, Answering
 
@@ -30,21 +30,6 @@ def heard() -> list[Session]:
 @pytest.fixture
 def sessions(producer: Answering, heard: list[Session]) -> Sessions:
     return Sessions(producer, KEYS.newest_worker(), heard.append)
-
-
-@pytest.mark.parametrize(
-    ("slots", "weights", "lent"),
-    [
-        (8, {0: 1}, {0: 8}),
-        (8, {0: 1, 3: 1}, {0: 4, 3: 4}),
-        (8, {0: 1, 3: 3}, {0: 3, 3: 5}),  # one each, then the other six as 1 : 3, the half goes to the lower partition
-        (9, {1: 1, 2: 1, 5: 1}, {1: 3, 2: 3, 5: 3}),
-        (10, {1: 1, 2: 1, 5: 1}, {1: 4, 2: 3, 5: 3}),
-        (1, {0: 1, 1: 1, 2: 5}, {0: 1, 1: 1, 2: 1}),  # more than there are: grants beyond them are declined
-    ],
-)
-def test_slots_are_shared_out(slots: int, weights: dict[int, int], lent: dict[int, int]) -> None:
-    assert share_out(slots, weights) == lent
 
 
 def test_queues_are_routed_by_their_configured_keys() -> None:

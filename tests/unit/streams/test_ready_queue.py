@@ -28,6 +28,22 @@ def test_a_slot_that_was_taken_at_the_last_beat_is_filled_as_soon_as_it_is_free(
     assert worker.grant(second)
 
 
+def test_a_beat_says_how_many_slots_there_are_from_now_on() -> None:
+    world = World()
+    worker = ScriptedWorker(world, slots=2).start()
+    tasks = [world.submit() for _ in range(6)]
+
+    def beat(slots: int) -> int:
+        seen = len(worker.grants())
+        worker.say(commands.WorkerBeat(session=worker.session, grants_seen=seen, free=1, slots=slots))
+        return len(worker.grants())
+
+    assert (len(worker.grants()), beat(4), beat(0), beat(-7), beat(3)) == (2, 4, 4, 4, 4)
+    for task_id in tasks[:2]:
+        worker.report(worker.grant(task_id), completed())
+    assert len(worker.grants()) == 5, "three at a time from now on"
+
+
 def test_the_most_idle_worker_is_served_first() -> None:
     world = World()
     small, large = ScriptedWorker(world, "w1", slots=2).start(), ScriptedWorker(world, "w2", slots=6).start()
