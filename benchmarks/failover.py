@@ -7,38 +7,29 @@ that are visible to a committed reader.
 
 from __future__ import annotations
 
-import os
-import signal
-import subprocess
-import sys
 import threading
 import time
 from itertools import pairwise
 from pathlib import Path
 
+from benchmarks.hosts import Hosts
 from benchmarks.measure import Row, until
 from perdure.schemas import codec, commands, ids, topics
-from perdure.schemas.signing import Keys
 from perdure.streams.kafka_log import KafkaLog
-from perdure.streams.topology import create_topics
 
 _PARTITIONS = 4
 _ASK_S = 0.02
 _SETTLED_S = 3.0
+_READY = "is up to date"
 
 
 class FailoverBench:
     """The rows of DESIGN section 9 about engine hosts."""
 
     def __init__(self, bootstrap: str, folder: Path) -> None:
-        self._bootstrap, self._folder = bootstrap, folder
-        self._prefix = f"f{ids.new_local_id()[-6:]}."
-        create_topics(bootstrap, self._prefix, partitions=_PARTITIONS)
-        self._log = KafkaLog(bootstrap, self._prefix)
-        self._keys_file = folder / "failover-keys.json"
-        Keys.generate().save(self._keys_file)
-        self._hosts = 0
-        self._running: list[subprocess.Popen[bytes]] = []
+        self._hosts = Hosts(bootstrap, folder / "failover", _PARTITIONS)
+        self._log = self._hosts.log
+        self._started = 0
 
     def rows(self, runs: int) -> list[Row]:
         """All of them: a host joins, and is lost again, `runs` times."""
@@ -52,8 +43,7 @@ class FailoverBench:
             time.sleep(_SETTLED_S)
             joins.append(max(gaps.longest(partition) for partition in self._ready(first)[known:]))
             began, known = gaps.now(), len(self._ready(first))
-            second.kill()
-            second.wait()
+            self._hosts.kill(second)
             self._await_ready(first, known + _PARTITIONS)
             time.sleep(_SETTLED_S)
             losses.append(max(gaps.longest(partition, since=began) for partition in range(_PARTITIONS)))
@@ -65,37 +55,22 @@ class FailoverBench:
 
     def close(self) -> None:
         """End the hosts."""
-        for host in self._running:
-            if host.poll() is None:
-                host.send_signal(signal.SIGTERM)
-                host.wait(60)
+        self._hosts.close()
 
-    def _host(self) -> subprocess.Popen[bytes]:
+    def _host(self) -> str:
         """Another engine host, with its share of the partitions up to date."""
-        name = f"host-{self._hosts}"
-        self._hosts += 1
-        environment = os.environ | {
-            "PERDURE_BOOTSTRAP": self._bootstrap, "PERDURE_NAMESPACE": self._prefix,
-            "PERDURE_STATE_DIR": str(self._folder / name), "PERDURE_KEYS_FILE": str(self._keys_file),
-        }  # fmt: skip
-        with self._said(name).open("ab") as output:
-            host = subprocess.Popen(
-                [sys.executable, "-m", "perdure.cli", "engine"], env=environment, stdout=output, stderr=output
-            )
-        self._running.append(host)
-        self._await_ready(host, 1)
-        return host
+        self._started += 1
+        name = f"host-{self._started}"
+        self._hosts.start(name, "engine")
+        self._await_ready(name, 1)
+        return name
 
-    def _said(self, name: str) -> Path:
-        return self._folder / f"{name}.log"
-
-    def _ready(self, host: subprocess.Popen[bytes]) -> list[int]:
+    def _ready(self, host: str) -> list[int]:
         """Partitions that a host has got up to date, in order."""
-        text = self._said(f"host-{self._running.index(host)}").read_text()
-        return [int(line.split()[-5]) for line in text.splitlines() if line.endswith("is up to date")]
+        return [int(line.split()[-5]) for line in self._hosts.said(host).splitlines() if line.endswith(_READY)]
 
-    def _await_ready(self, host: subprocess.Popen[bytes], count: int) -> None:
-        until(lambda: len(self._ready(host)) >= count, "an engine host with its partitions", pause_s=0.02)
+    def _await_ready(self, host: str, count: int) -> None:
+        self._hosts.await_words(host, _READY, count)
 
 
 class _Gaps:

@@ -56,6 +56,9 @@ def engine(session: Session, processes: int, **flags: Any) -> int:
 @click.option("-m", "--module", "modules", multiple=True, required=True, help="Module with tasks; may be repeated.")
 @click.option("--queue", "queues", multiple=True, help="Queue to serve; may be repeated. Default: those of the tasks.")
 @click.option("--slots", type=click.IntRange(min=1), help="Tasks at the same time; default: the machine's cores.")
+@click.option(
+    "--async-slots", type=click.IntRange(min=1), default=1_000, show_default=True, help="Async tasks at the same time."
+)
 @click.option("--name", help="Worker id; default: made of host and slot.")
 @click.option(
     "--start", type=click.Choice(["fork", "spawn"]), default="fork", show_default=True, help="How children begin."
@@ -72,6 +75,7 @@ def worker(
     modules: tuple[str, ...],
     queues: tuple[str, ...],
     slots: int | None,
+    async_slots: int,
     name: str | None,
     start: str,
     max_tasks_per_child: int,
@@ -104,6 +108,7 @@ def worker(
         modules=list(modules),
         queues=list(queues) or None,
         slots=slots or os.cpu_count() or 1,
+        async_slots=async_slots,
         name=name,
         state_dir=state_dir,
         checkpoint_dir=settings.checkpoint_dir or state_dir / "checkpoints",

@@ -20,6 +20,7 @@ from perdure.schemas import limits
 from perdure.schemas.errors import ConfigurationError, Fenced, Unreachable
 from perdure.streams.crash_marks import CrashMarks
 from perdure.streams.generations import Generations
+from perdure.streams.join_watch import JoinWatch
 from perdure.streams.log import BEGIN, Log, Member, Record, TopicPartition
 from perdure.streams.processor import Kind
 from perdure.streams.recovery import open_store
@@ -85,6 +86,7 @@ class Runner:
             gather_ms=kind.gather_ms, on_assigned=self._assigned, on_revoked=self._revoked,
         )  # fmt: skip
         self._rejoined = -_REJOIN_S
+        self._joining = JoinWatch(kind.name)
         self.member: Member = self._join()
 
     def stop(self) -> None:
@@ -100,6 +102,7 @@ class Runner:
                     if lane is not None:
                         lane.hand_over(record)
                 self._balance()
+                self._joining.look()
         finally:
             self._close_lanes(list(self._lanes))
             self.member.close()
@@ -122,6 +125,7 @@ class Runner:
         self.member.close()
         self._paused.clear()
         self._rejoined = time.monotonic()
+        self._joining.outside()
         self.member = self._join()
         return []
 
@@ -136,6 +140,7 @@ class Runner:
             lane.wake()
 
     def _assigned(self, partitions: list[TopicPartition]) -> None:
+        self._joining.inside()
         self.member.pause(partitions)
         numbers = sorted({p for _, p in partitions})
         if numbers and numbers[-1] >= self.log.partitions:
@@ -153,6 +158,7 @@ class Runner:
 
     def _revoked(self, partitions: list[TopicPartition], lost: bool) -> None:  # noqa: ARG002
         # Lost or not is one: the commits of a member that was put out are refused, by its generation.
+        self._joining.outside()
         self._close_lanes(sorted({p for _, p in partitions}))
         self._stand_by()
 

@@ -33,6 +33,7 @@ SHELL = frozenset(
         "generations",
         "host",
         "host_slots",
+        "join_watch",
         "kafka_connection",
         "kafka_consumers",
         "kafka_log",

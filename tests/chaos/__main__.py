@@ -62,6 +62,8 @@ def _report(c: Campaign, violations: list[Violation], skipped: dict[str, str], f
         print(f"not injected here: {kind}: {why}")
     for end, times in Counter(c.ends).items():
         print(f"ended by itself, {times} times: {end.name}, code {end.code}, during {end.fault}: {end.words}")
+    for line in c.kafkas_own:
+        print(f"Kafka's own, the broker was restarted: {line}")
     for violation in violations:
         print(f"VIOLATION: {violation.what}")
     faults = sum(t.times for t in c.tallies.values())
@@ -79,7 +81,7 @@ def _report(c: Campaign, violations: list[Violation], skipped: dict[str, str], f
             "seed": c.seed, "faults": {kind: asdict(t) for kind, t in c.tallies.items()}, "skipped": skipped,
             "ends": [asdict(e) for e in c.ends], "violations": [asdict(v) for v in violations], "load": os.getloadavg(),
             "tasks": tasks, "steps": steps, "executions": executions, "events": events,
-            "order": [h.kind for h in c.happenings],
+            "order": [h.kind for h in c.happenings], "kafkas_own": c.kafkas_own,
         }  # fmt: skip
         file.write_text(json.dumps(said, indent=1))
     return 1 if violations else 0
