@@ -34,6 +34,6 @@ class JoinWatch:
             self._said = now
             LOG.warning(
                 f"{self._group}: the group has not taken this member in for {now - self._since:.0f} s, so nothing is "
-                f"executed here. Either no broker answers, or the group's coordinator does not: if its log says `Failed "
-                f"to load metadata from __consumer_offsets`, restart that broker"
+                f"executed here. Either no broker answers, or the group's coordinator does not: if its log says "
+                f"`Failed to load metadata from __consumer_offsets`, restart that broker"
             )
