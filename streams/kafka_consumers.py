@@ -8,6 +8,7 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from typing import Any
 
 from confluent_kafka import (
@@ -15,6 +16,7 @@ from confluent_kafka import (
     OFFSET_END,
     Consumer,
     KafkaError,
+    KafkaException,
     Message,
     TopicPartition,
 )
@@ -220,6 +222,11 @@ class KafkaMember(_Consuming):
 
     def committed(self, wanted: Iterable[Where], *, settled: bool = True) -> dict[Where, int | None]:
         return committed(self._log, self.group, wanted, settled=settled)
+
+    def tell(self, reached: Mapping[Where, int]) -> None:
+        offsets = [TopicPartition(self._log.prefix + t, p, o) for (t, p), o in reached.items()]
+        with suppress(KafkaException):  # while there is no coordinator; nothing depends on it
+            self._consumer.commit(offsets=offsets, asynchronous=True)
 
     def seek(self, topic: str, partition: int, offset: int) -> None:
         where = TopicPartition(self._log.prefix + topic, partition, _OFFSETS.get(offset, offset))

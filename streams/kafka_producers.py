@@ -225,11 +225,12 @@ class KafkaTransactional:
             raise TransactionAborted(f"not all of {len(messages)} records for {topic} could be handed over: {first}")
 
     def commit(self, member: Any, offsets: Mapping[Where, int]) -> None:
-        positions = [TopicPartition(self._log.prefix + t, p, o) for (t, p), o in offsets.items()]
-        group = member.group_metadata()
-        self._call("send offsets", lambda: self._bounded.call(
-            lambda: self._producer.send_offsets_to_transaction(positions, group, CALL_S), _OFFSETS_S
-        ))  # fmt: skip
+        if offsets:
+            positions = [TopicPartition(self._log.prefix + t, p, o) for (t, p), o in offsets.items()]
+            group = member.group_metadata()
+            self._call("send offsets", lambda: self._bounded.call(
+                lambda: self._producer.send_offsets_to_transaction(positions, group, CALL_S), _OFFSETS_S
+            ))  # fmt: skip
         failpoints.passed("after-offsets")
         if self._call("flush", lambda: self._producer.flush(_END_S)):
             raise OutcomeUnknown(f"the records of {self._name} have not got out within {_END_S:g} s")

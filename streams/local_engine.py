@@ -81,6 +81,7 @@ class LocalEngine:
         if not records:
             self.duties[partition].perform(self._clock())
         elif self.shards[partition].run_batch(records, still_mine):
+            self._member.tell(self.shards[partition].reached)
             self.duties[partition].after_commit(self._clock())
         return bool(records)
 

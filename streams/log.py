@@ -84,6 +84,12 @@ class Member(Protocol):
         settled: those in transactions that have not ended are waited for, and not passed over.
         """
 
+    def tell(self, reached: Mapping[TopicPartition, int]) -> None:
+        """Let the group's offsets say how far its members are, for who looks at them. Returns at once.
+
+        For the thread that reads. May come to nothing: then the next one says more.
+        """
+
     def seek(self, topic: str, partition: int, offset: int) -> None:
         """Read on from `offset`; records of the partition already handed to the local queue are dropped."""
 
@@ -115,7 +121,8 @@ class Transactional(Protocol):
         """Add (key, value) records to the open transaction, in order."""
 
     def commit(self, member: Member, offsets: Mapping[TopicPartition, int]) -> None:
-        """Commit records and input offsets as one. Blocks until it is known.
+        """Commit records and input offsets as one, if there are any: then a member that its group has put out is
+        refused as well. Blocks until it is known.
 
         Raises `TransactionAborted`, `Fenced` or `OutcomeUnknown`; after the latter two this producer is useless.
         """

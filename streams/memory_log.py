@@ -206,7 +206,7 @@ class MemoryTransactional:
         assert isinstance(member, MemoryMember), "the log's own members commit on it"
         with self._log._changed:
             self._check()
-            if member.gone:
+            if offsets and member.gone:
                 raise TransactionAborted(f"the member of group {member.group} has left")
             self._log._finish(self._name, "committed")
             self._log._offsets.setdefault(member.group, {}).update(offsets)
@@ -313,6 +313,11 @@ class MemoryMember(_Reading):
 
     def committed(self, wanted: Iterable[TopicPartition], *, settled: bool = True) -> dict[TopicPartition, int | None]:  # noqa: ARG002 - here they always are
         return self._log.committed(self.group, wanted)
+
+    def tell(self, reached: Mapping[TopicPartition, int]) -> None:
+        with self._log._changed:
+            if not self.gone:
+                self._log._offsets.setdefault(self.group, {}).update(reached)
 
     def seek(self, topic: str, partition: int, offset: int) -> None:
         with self._log._changed:

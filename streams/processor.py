@@ -69,7 +69,8 @@ class Kind:
     gather_ms: int = 0
     """How long input may wait for more of it: many small transactions are what costs the broker most."""
     plain_changelog: bool = False
-    """The changelog is a public topic that holds the state's values and no positions; see `Table`."""
+    """The changelog is a public topic that holds the state's values and no positions; see `Table`. The group's offsets
+    are the positions then, and part of each transaction; else the group is only told of them."""
 
 
 class Transaction:

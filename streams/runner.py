@@ -11,7 +11,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import Protocol, TypeVar
@@ -36,6 +36,8 @@ _READ_S = 0.2
 _OPENING_READ_S = 0.02
 """While partitions are being opened: what they ask of the member is done between two reads."""
 _JOIN_S = 60.0
+_TELL_S = 1.0
+"""How often the group is told how far its partitions are, where they know it by themselves."""
 LOG = logging.getLogger("perdure")
 _REJOIN_S = 60.0
 T = TypeVar("T")
@@ -81,6 +83,8 @@ class Runner:
         self._failure: BaseException | None = None
         self._lanes: dict[int, Lane] = {}
         self._paused: set[int] = set()
+        self._told: dict[TopicPartition, int] = {}
+        self._told_at = time.monotonic()
         self._join = partial(
             log.member, kind.name, kind.inputs, instance=instance, committed=committed,
             gather_ms=kind.gather_ms, on_assigned=self._assigned, on_revoked=self._revoked,
@@ -103,6 +107,8 @@ class Runner:
                         lane.hand_over(record)
                 self._balance()
                 self._joining.look()
+                if time.monotonic() - self._told_at >= _TELL_S:
+                    self._tell(self._lanes.values())
         finally:
             self._close_lanes(list(self._lanes))
             self.member.close()
@@ -171,9 +177,21 @@ class Runner:
         for lane in lanes:
             lane.ask_to_stop()
         joined = [lane.join() for lane in lanes]
+        self._tell(lanes)
         if not all(joined):
             # Its store stays locked, and its transaction may be open: only the process's end puts that right.
             self.fail(Unreachable(f"{self.kind.name}: a partition was not given up within {_JOIN_S:g} s"))
+
+    def _tell(self, lanes: Iterable[Lane]) -> None:
+        """Let the group's offsets show how far its partitions are, for who looks at lags: nothing here reads them."""
+        if self.kind.plain_changelog:
+            return  # part of each transaction there
+        self._told_at = time.monotonic()
+        reached = {where: offset for lane in lanes for where, offset in lane.reached.copy().items()}
+        news = dict(reached.items() - self._told.items())
+        if news:
+            self.member.tell(news)
+            self._told |= news
 
     def _balance(self) -> None:
         """Stop fetching for lanes that are behind, and fetch again for those that have caught up."""
@@ -198,6 +216,8 @@ class Lane:
         self._halt = threading.Event()
         self._woken = False
         self.ready = False
+        self.reached: dict[TopicPartition, int] = {}
+        """Input -> up to where it is executed, by what was committed in this lane."""
         self._changed = threading.Condition()
         self._thread = threading.Thread(target=self._run, name=f"{runner.kind.name}-{partition}", daemon=True)
         self._thread.start()
@@ -301,6 +321,7 @@ class Lane:
         duties = self._runner.duties(shard) if self._runner.duties is not None else None
         taker = self._runner.taker
         snapshots = None if taker is None else SnapshotDuty(taker, shard, store, place, wall_clock())
+        self.reached = shard.reached
         if duties is not None:
             duties.perform(wall_clock())
         while not self._halt.is_set():

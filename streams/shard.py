@@ -1,9 +1,9 @@
 """One partition of a processor: its store, its transactional producer, and the one transaction at a time between them.
 
 A batch goes through numbered steps:
-  1. execute each record on top of the committed state (the overlay);
-  2. begin a transaction and write outputs and changelog;
-  3. commit it together with the input position;
+  1. execute each record that is new to the state, on top of what is committed (the overlay);
+  2. begin a transaction and write outputs and changelog, the input position among its rows;
+  3. commit it;
   4. write the overlay to the store, changelog position included, in one batch.
 A crash between 3 and 4 leaves the store behind the changelog, never ahead: `recover` reads the rest. An aborted
 transaction drops the overlay and executes the same records again.
@@ -18,7 +18,16 @@ from collections.abc import Callable, Iterable
 from perdure.schemas.errors import ConfigurationError, Fenced, LogTruncated, RestoreStuck, Unreachable
 from perdure.streams import failpoints
 from perdure.streams.crash_marks import CrashMarks
-from perdure.streams.log import Log, Member, OutcomeUnknown, Reader, Record, TransactionAborted, Transactional
+from perdure.streams.log import (
+    Log,
+    Member,
+    OutcomeUnknown,
+    Reader,
+    Record,
+    TopicPartition,
+    TransactionAborted,
+    Transactional,
+)
 from perdure.streams.processor import Kind, Out, changelog_rows
 from perdure.streams.restore_watch import RestoreWatch
 from perdure.streams.store import META, Store
@@ -66,6 +75,8 @@ class Shard:
         self.kind, self.partition = kind, partition
         self._log, self._store, self._member = log, store, member
         self._id = transactional_id
+        self.reached: dict[TopicPartition, int] = {}
+        """Input -> up to where it is executed, by what was committed here."""
         self._marks = crash_marks
         self._producer: Transactional = log.transactional(transactional_id)
         self._changelog_next: int | None = None
@@ -214,6 +225,8 @@ class Shard:
     def _transact(self, records: list[Record]) -> None:
         """The four steps of the module's text. Raises `TransactionAborted`, `OutcomeUnknown` or `Fenced`."""
         # 1
+        known = self.processor.positions()  # where another host had the partition meanwhile, it has moved on
+        records = [r for r in records if r.offset >= known.get(r.topic, 0)]
         out, writes = self._execute_all(records)
         # 2
         producer = self._producer
@@ -228,7 +241,8 @@ class Shard:
             failpoints.passed("after-produce")
             # 3
             positions = self.processor.positions()
-            producer.commit(self._member, {(t, self.partition): positions[t] for t in {r.topic for r in records}})
+            reached = {(t, self.partition): positions[t] for t in {r.topic for r in records}}
+            producer.commit(self._member, reached if self.kind.plain_changelog else {})
         except TransactionAborted:
             producer.abort()
             raise
@@ -238,6 +252,7 @@ class Shard:
             writes[CHANGELOG_POSITION] = self._changelog_next.to_bytes(8, "big")
         self._apply(writes)
         self.processor.committed()
+        self.reached.update(reached)
 
     def _apply(self, writes: dict[bytes, bytes | None]) -> None:
         """Write what makes the store equal to the changelog as it is now."""

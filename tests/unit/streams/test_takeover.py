@@ -1,0 +1,84 @@
+"""Two hosts that both believe a partition to be theirs: whoever was fenced goes on where the other has stopped (G2)."""
+
+from __future__ import annotations
+
+import pytest
+
+from perdure.schemas import codec, topics
+from perdure.schemas.public import Quarantined
+from perdure.schemas.signing import Keys
+from perdure.streams import shard as shard_module
+from perdure.streams.local_engine import engine_kind
+from perdure.streams.log import BEGIN, Member, Record
+from perdure.streams.memory_log import MemoryLog
+from perdure.streams.shard import Shard
+from perdure.streams.store import MemoryStore
+
+INPUTS = 6
+KEYS = Keys.generate()
+
+
+@pytest.fixture
+def log() -> MemoryLog:
+    """Records that nobody can read: each execution of one leaves a record in quarantine."""
+    log = MemoryLog(lambda: 1_000, partitions=1)
+    producer = log.producer()
+    for n in range(INPUTS):
+        producer.append(topics.COMMANDS.name, 0, None, f"garbage {n}".encode())
+    return log
+
+
+@pytest.fixture(autouse=True)
+def _no_pause(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shard_module, "REVOCATION_S", 0.0)
+
+
+def member_of(log: MemoryLog) -> Member:
+    return log.member("engine", [topics.COMMANDS.name], on_assigned=lambda _: None, on_revoked=lambda *_: None)
+
+
+def host(log: MemoryLog) -> Shard:
+    """An engine that takes the partition, with a disk of its own."""
+    made = Shard(
+        engine_kind(1, KEYS), 0, log=log, store=MemoryStore(), member=member_of(log), transactional_id="engine.0"
+    )
+    while not made.restore_some():
+        pass
+    return made
+
+
+def inputs(log: MemoryLog) -> list[Record]:
+    reader = log.reader()
+    reader.assign({(topics.COMMANDS.name, 0): BEGIN})
+    return reader.read(100, 0)
+
+
+def executed(log: MemoryLog) -> list[int]:
+    """Offsets of the inputs that were executed, in order."""
+    return [codec.decode_as(Quarantined, r.value or b"").offset for r in log.records(topics.QUARANTINE.name, 0)]
+
+
+@pytest.mark.parametrize("done", range(INPUTS + 1))
+def test_who_is_fenced_executes_only_what_the_other_has_not(log: MemoryLog, done: int) -> None:
+    stopped = host(log)
+    held = inputs(log)  # in its memory, when its machine stands still
+    successor = host(log)
+    if done:
+        assert successor.run_batch(held[:done])
+    assert stopped.run_batch(held)
+    assert executed(log) == list(range(INPUTS))
+    assert successor.run_batch(held[done:] or held)
+    assert executed(log) == list(range(INPUTS))
+
+
+def test_what_a_host_holds_in_memory_may_be_older_than_the_state(log: MemoryLog) -> None:
+    stopped = host(log)
+    held = inputs(log)
+    assert stopped.run_batch(held[:1])
+    successor = host(log)
+    assert successor.run_batch(held[1:5])
+    assert stopped.run_batch(held[1:3]), "committed by the other"
+    assert stopped.run_batch(held[3:4]), "the next of what it holds: committed by the other as well"
+    assert stopped.run_batch(held[4:])
+    assert executed(log) == list(range(INPUTS))
+    assert stopped.processor.positions() == {topics.COMMANDS.name: INPUTS}
