@@ -217,7 +217,7 @@ class Lane:
         self._woken = False
         self.ready = False
         self.reached: dict[TopicPartition, int] = {}
-        """Input -> up to where it is executed, by what was committed in this lane."""
+        """Input -> up to where it is executed."""
         self._changed = threading.Condition()
         self._thread = threading.Thread(target=self._run, name=f"{runner.kind.name}-{partition}", daemon=True)
         self._thread.start()

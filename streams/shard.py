@@ -76,7 +76,7 @@ class Shard:
         self._log, self._store, self._member = log, store, member
         self._id = transactional_id
         self.reached: dict[TopicPartition, int] = {}
-        """Input -> up to where it is executed, by what was committed here."""
+        """Input -> up to where it is executed, by what the state says and what was committed here since."""
         self._marks = crash_marks
         self._producer: Transactional = log.transactional(transactional_id)
         self._changelog_next: int | None = None
@@ -181,6 +181,8 @@ class Shard:
                     f"extend the topic's retention, and set the position by hand only if the loss is accepted"
                 )
             positions[topic] = stated
+            if stated is not None:
+                self.reached[topic, self.partition] = stated
         reader.close()
         return positions
 

@@ -97,6 +97,41 @@ class KafkaCluster:
         return {"bootstrap.servers": self.bootstrap, "log_level": 0}
 
 
+class OneOfThree:
+    """The broker of a cluster that is broken next, as if it were the only one; another one after each start."""
+
+    def __init__(self, cluster: KafkaCluster) -> None:
+        self._cluster, self._number = cluster, 0
+        self.bootstrap = cluster.bootstrap
+
+    @property
+    def _broker(self) -> EmbeddedKafka:
+        return self._cluster.brokers[self._number]
+
+    @property
+    def pid(self) -> int:
+        """Of its JVM."""
+        return self._broker.pid
+
+    @property
+    def data_dir(self) -> Path:
+        """Where it keeps its data and its log."""
+        return self._broker.data_dir
+
+    def alive(self) -> bool:
+        """Whether its JVM runs."""
+        return self._broker.alive()
+
+    def stop(self) -> None:
+        """As an operator does."""
+        self._broker.stop()
+
+    def start(self, timeout_s: float = _START_S) -> None:
+        """Start it, and wait until every partition has all its replicas again."""
+        self._cluster.start()
+        self._number = (self._number + 1) % BROKERS
+
+
 @pytest.fixture(scope="session")
 def _cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[KafkaCluster]:
     cluster = KafkaCluster(tmp_path_factory.mktemp("cluster"))

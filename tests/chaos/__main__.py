@@ -34,6 +34,9 @@ def main() -> int:
     parser.add_argument("--kinds", default="", help="only these kinds, with commas between them")
     parser.add_argument("--json", type=Path, default=None, help="write everything that was found to this file")
     parser.add_argument("--keep", type=Path, default=None, help="leave logs and data in this empty folder")
+    parser.add_argument(
+        "--brokers", type=int, choices=(1, 3), default=1, help="one behind a proxy, or three with replicas"
+    )
     given = parser.parse_args()
     seed = int.from_bytes(os.urandom(3)) if given.seed is None else given.seed
     kinds = [k for k in KINDS if not given.kinds or k.kind in given.kinds.split(",")]
@@ -43,7 +46,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="perdure-chaos-") as scratch:
         folder = given.keep or Path(scratch)
         folder.mkdir(parents=True, exist_ok=True)
-        with campaign(folder, seed, say=lambda line: print(line, flush=True)) as c:
+        with campaign(folder, seed, say=lambda line: print(line, flush=True), brokers=given.brokers) as c:
             skipped = {k.kind: why for k in kinds if (why := k.needs(c))}
             end = time.monotonic() + given.minutes * 60
             for fault in schedule(seed, [k for k in kinds if k.kind not in skipped]):

@@ -27,6 +27,7 @@ from tests.chaos.load import Load, queues_of
 from tests.chaos.proxy import Proxy, proxied_kafka
 from tests.chaos.watch import Observer, Violation, Witness
 from tests.integration.stack import FAULTY, TASKS, Process, Stack, stack_on, until
+from tests.kafka_cluster import KafkaCluster, OneOfThree
 
 PARTITIONS = 4
 ALIVE = 8
@@ -99,9 +100,16 @@ class Campaign:
     """The stack, its load and what is seen of it; see `campaign`."""
 
     def __init__(
-        self, folder: Path, kafka: EmbeddedKafka, proxy: Proxy, stack: Stack, seed: int, say: Callable[[str], None]
+        self,
+        folder: Path,
+        kafka: EmbeddedKafka | OneOfThree,
+        proxy: Proxy | None,
+        stack: Stack,
+        seed: int,
+        say: Callable[[str], None],
     ) -> None:
-        self.folder, self.kafka, self.proxy, self.stack, self.seed, self.say = folder, kafka, proxy, stack, seed, say
+        self.folder, self.kafka, self.stack, self.seed, self.say = folder, kafka, stack, seed, say
+        self._proxy = proxy
         self.draw = random.Random(f"{seed}/0")
         """For the fault that is being injected; a new one for each, so that a seed gives the same faults again."""
         self.tallies: dict[str, Tally] = {}
@@ -134,11 +142,22 @@ class Campaign:
 
     # Processes -------------------------------------------------------------------------------------------------------
 
+    @property
+    def behind_proxy(self) -> bool:
+        """Whether what the links carry can be held up; one broker is, three are not."""
+        return self._proxy is not None
+
+    @property
+    def proxy(self) -> Proxy:
+        """What engines, workers and server reach the broker through."""
+        assert self._proxy is not None, "a fault that needs the proxy says so"
+        return self._proxy
+
     def _service(self, name: str, environment: dict[str, str], *command: str) -> Service:
-        through = self.stack.bootstrap
-        self.stack.bootstrap = self.proxy.bootstrap
+        whole = self.stack.bootstrap
+        self.stack.bootstrap = whole if self._proxy is None else self._proxy.bootstrap
         made = Service(name, self.stack.process(name, *command), environment)
-        self.stack.bootstrap = through
+        self.stack.bootstrap = whole
         return made
 
     def _engine(self, name: str, state: str) -> Service:
@@ -234,7 +253,8 @@ class Campaign:
                 self.violations.append(Violation(f"{kind}: {error}", self.happenings[-1].began_at))
         finally:
             self.load.spared.clear()
-            self.proxy.heal()
+            if self._proxy is not None:
+                self._proxy.heal()
         if recovery is not None:
             tally.recoveries.append(recovery)
         self.say(f"{len(self.happenings):4} {kind:32} {'' if recovery is None else f'{recovery:6.2f} s'}")
@@ -391,13 +411,23 @@ def _small_disk(folder: Path) -> Iterator[bool]:
 
 
 @contextmanager
-def campaign(folder: Path, seed: int, say: Callable[[str], None] = print) -> Iterator[Campaign]:
-    """A stack of its own, under load; nothing is left of it at the end."""
+def campaign(folder: Path, seed: int, say: Callable[[str], None] = print, brokers: int = 1) -> Iterator[Campaign]:
+    """A stack of its own, under load, on one broker behind a proxy or on three; nothing is left of it at the end."""
     with ExitStack() as stack:
-        kafka, proxy = stack.enter_context(proxied_kafka(folder / "kafka"))
+        kafka: EmbeddedKafka | OneOfThree
+        proxy: Proxy | None = None
+        if brokers == 1:
+            kafka, proxy = stack.enter_context(proxied_kafka(folder / "kafka"))
+        else:
+            cluster = KafkaCluster(folder / "kafka")
+            stack.callback(cluster.stop)
+            cluster.start()
+            kafka = OneOfThree(cluster)
         (folder / "stack").mkdir()
         has_disk = stack.enter_context(_small_disk(folder / "stack" / "state"))
-        whole = stack.enter_context(stack_on(kafka.bootstrap, "chaos.", folder / "stack", partitions=PARTITIONS))
+        whole = stack.enter_context(
+            stack_on(kafka.bootstrap, "chaos.", folder / "stack", partitions=PARTITIONS, replication=brokers)
+        )
         made = Campaign(folder, kafka, proxy, whole, seed, say)
         made.has_disk = has_disk
         try:

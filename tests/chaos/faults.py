@@ -23,6 +23,7 @@ from perdure.streams.log import BEGIN
 from tests.chaos.campaign import Campaign, Service
 from tests.integration.stack import stopped, tree
 from tests.integration.test_hostile import Attacker
+from tests.kafka_cluster import BROKERS
 
 Inject = Callable[[Campaign], float | None]
 SESSION_S = 10.0
@@ -266,6 +267,21 @@ for _point in POINTS:
 # Broker and network --------------------------------------------------------------------------------------------------
 
 
+def _proxied(c: Campaign) -> str:
+    return "" if c.behind_proxy else "three brokers are reached without a proxy"
+
+
+@fault(1, TRANSITION + ", from the return of each broker", needs=lambda c: "only one broker" if c.behind_proxy else "")
+def rolling_restart(c: Campaign) -> float | None:
+    """An orderly restart of all brokers, one after the other."""
+    slowest = 0.0
+    for _ in range(BROKERS):
+        c.kafka.stop()
+        c.kafka.start(timeout_s=120)
+        slowest = max(slowest, c.recovered(time.monotonic(), "a broker's return"))
+    return slowest
+
+
 @fault(2, TRANSITION + ", from the broker's return")
 def kill_broker(c: Campaign) -> float | None:
     """SIGKILL of the broker, and its restart."""
@@ -326,7 +342,7 @@ def power_cut(c: Campaign) -> float | None:
     return c.recovered(time.monotonic(), "the broker's return")
 
 
-@fault(2, TRANSITION + ", from the reset")
+@fault(2, TRANSITION + ", from the reset", needs=_proxied)
 def reset_links(c: Campaign) -> float | None:
     """Every connection of engines, workers and server is reset."""
     began = time.monotonic()
@@ -334,7 +350,7 @@ def reset_links(c: Campaign) -> float | None:
     return c.recovered(began, "the reset")
 
 
-@fault(2, TRANSITION + ", from the link's return")
+@fault(2, TRANSITION + ", from the link's return", needs=_proxied)
 def cut_links(c: Campaign) -> float | None:
     """No connection for some seconds."""
     c.proxy.cut()
@@ -343,7 +359,7 @@ def cut_links(c: Campaign) -> float | None:
     return c.recovered(time.monotonic(), "the link's return")
 
 
-@fault(1, TRANSITION + ", from the link's return")
+@fault(1, TRANSITION + ", from the link's return", needs=_proxied)
 def silent_links(c: Campaign) -> float | None:
     """Connections stay, and nothing comes through, for longer than a session."""
     c.proxy.blackhole()
@@ -352,7 +368,7 @@ def silent_links(c: Campaign) -> float | None:
     return c.recovered(time.monotonic(), "the link's return")
 
 
-@fault(2, TRANSITION + ", over the slow link")
+@fault(2, TRANSITION + ", over the slow link", needs=_proxied)
 def slow_links(c: Campaign) -> float | None:
     """Everything arrives 100 ms later, at 2 MB/s."""
     c.proxy.slow(delay_s=0.1, rate=2_000_000)

@@ -82,3 +82,11 @@ def test_what_a_host_holds_in_memory_may_be_older_than_the_state(log: MemoryLog)
     assert stopped.run_batch(held[4:])
     assert executed(log) == list(range(INPUTS))
     assert stopped.processor.positions() == {topics.COMMANDS.name: INPUTS}
+
+
+def test_a_host_that_comes_back_to_nothing_new_knows_how_far_it_is(log: MemoryLog) -> None:
+    """The group was told a second before the kill at best, and would show a lag for ever."""
+    assert host(log).run_batch(inputs(log))
+    again = host(log)
+    again.start_positions()
+    assert again.reached == {(topics.COMMANDS.name, 0): INPUTS}
