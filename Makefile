@@ -4,8 +4,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 WORKERS ?= 2
 MINUTES ?= 5
+HOURS ?= 1
 
-.PHONY: demo test test-slow lint types bench bench-peers chaos fmt clean
+.PHONY: demo test test-slow lint types bench bench-peers chaos soak fmt clean
 
 demo: $(VENV)/.installed ## a real long task on a real Kafka, with kills and a proof at the end
 	$(BIN)/perdure demo
@@ -28,6 +29,9 @@ bench: $(VENV)/.installed-test ## the figures of docs/benchmarks.md
 
 chaos: $(VENV)/.installed-test ## faults of every kind under load, and the proof after them: see docs/chaos.md
 	$(BIN)/python -m tests.chaos --minutes $(MINUTES) $(if $(SEED),--seed $(SEED))
+
+soak: $(VENV)/.installed-test ## hours under load with a fault now and then: nothing lost, nothing grown
+	$(BIN)/python -m tests.chaos.soak --hours $(HOURS) $(if $(SEED),--seed $(SEED))
 
 bench-peers: $(VENV)/.installed-test ## Perdure beside what people use today; about two hours, and large downloads
 	$(BIN)/python -m benchmarks.peers
