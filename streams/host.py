@@ -23,7 +23,7 @@ from perdure.streams.engine import Engine
 from perdure.streams.host_slots import HostSlot, host_id
 from perdure.streams.kafka_log import KafkaLog
 from perdure.streams.local_engine import engine_kind
-from perdure.streams.log import Log
+from perdure.streams.log import Producer
 from perdure.streams.processor import Kind
 from perdure.streams.runner import Runner, wall_clock
 from perdure.streams.schema_lookup import SchemaLookup
@@ -37,21 +37,13 @@ _UPLOAD_S = 5.0
 """How long an engine that ends waits for a snapshot under way; one that is not finished was never there."""
 
 
-def publish_schemas(log: Log) -> None:
+def publish_schemas(producer: Producer, config: ConfigView) -> None:
     """Put the schemas that this build writes into `config`, before anything is written with them."""
-    view = ConfigView(log)
-    view.refresh()
-    view.close()
     schemas = {f"schema/{fingerprint}": schema for fingerprint, schema in codec.published_schemas().items()}
-    unknown = schemas.keys() - view.names.keys()
-    if not unknown:
-        return
-    producer = log.producer()
-    for name in sorted(unknown):
+    for name in sorted(schemas.keys() - config.names.keys()):
         record = ConfigRecord(name=name, content=json.dumps(schemas[name], separators=(",", ":")).encode())
         producer.append(topics.CONFIG.name, 0, name.encode(), codec.encode(record))
     producer.flush(30.0)
-    producer.close()
 
 
 def namespace_level(config: ConfigView) -> int:
@@ -79,7 +71,6 @@ class EngineHost:
     ) -> None:
         """`standbys`: keep warm copies of the partitions that other engine processes have."""
         topology.verify_topics(log)
-        publish_schemas(log)
         self._slot = HostSlot(state_dir, "engine")
         self._log, self._keys, self._taker = log, keys, taker
         self._lookup = SchemaLookup(log)
@@ -88,6 +79,7 @@ class EngineHost:
         self._config.refresh()
         self._refuse_newer()
         self._producer = log.producer()
+        publish_schemas(self._producer, self._config)
         instance = f"{host_id(state_dir)}-{self._slot.number}"
         self._introduce(instance)
         self._stopped = threading.Event()
