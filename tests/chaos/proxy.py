@@ -27,7 +27,7 @@ from perdure.connectors.kafka_data import HOST, Identity, KafkaData, is_free, ne
 from perdure.connectors.kafka_jars import kafka_jars
 
 PRODUCE, FETCH, METADATA, FIND_COORDINATOR, JOIN_GROUP, HEARTBEAT = 0, 1, 3, 10, 11, 12
-INIT_PRODUCER_ID, ADD_PARTITIONS_TO_TXN, END_TXN, TXN_OFFSET_COMMIT = 22, 24, 26, 28
+INIT_PRODUCER_ID, ADD_PARTITIONS_TO_TXN, END_TXN = 22, 24, 26
 """Kinds of requests, as Kafka's protocol numbers them."""
 
 _PIECE = 16_384

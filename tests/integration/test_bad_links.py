@@ -14,7 +14,6 @@ from tests.chaos.proxy import (
     END_TXN,
     INIT_PRODUCER_ID,
     PRODUCE,
-    TXN_OFFSET_COMMIT,
     Proxy,
     proxied_kafka,
 )
@@ -51,7 +50,7 @@ def behind(stack: Stack, proxy: Proxy) -> Process:
 def test_lost_and_late_requests_of_transactions(stack: Stack, proxy: Proxy) -> None:
     engine = behind(stack, proxy)
     with traffic_on(stack, engine) as traffic:
-        for kind in (END_TXN, TXN_OFFSET_COMMIT, ADD_PARTITIONS_TO_TXN, PRODUCE):
+        for kind in (END_TXN, ADD_PARTITIONS_TO_TXN, PRODUCE):
             traffic.flows()
             proxy.lose_answer(kind, 2, matching=_producers(stack)).wait()
             traffic.flows()

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from confluent_kafka import Producer, TopicPartition
+from confluent_kafka import KafkaError, KafkaException, Producer, TopicPartition
 from confluent_kafka.admin import AlterConfigOpType, ConfigEntry, ConfigResource, NewTopic  # type: ignore[attr-defined]
 
 from perdure.schemas import topics
@@ -48,7 +48,7 @@ def test_deleted_records_are_no_loss_to_who_has_read_them_and_a_refusal_to_other
     read = end - 1  # the last one is the mark of a commit, which nobody reads
     where = TopicPartition(CHANGELOG.on(stack.prefix), 0, read)
     configure(stack, {"cleanup.policy": "delete"})  # from a topic that is only compacted a broker deletes nothing
-    stack.log.admin().delete_records([where])[where].result(30)
+    until("the deletion", lambda: _deleted(stack, where))
     configure(stack, {"cleanup.policy": "compact"})
     said = refused(stack, "new-host")
     assert f"{CHANGELOG.name}/0 begins at {read}: rows were deleted from it" in said
@@ -57,6 +57,17 @@ def test_deleted_records_are_no_loss_to_who_has_read_them_and_a_refusal_to_other
         traffic.flows()
         traffic.stop()
     assert engine.stop() == 0
+
+
+def _deleted(stack: Stack, where: TopicPartition) -> bool:
+    """False while the broker has not yet heard of the topic's new policy."""
+    try:
+        stack.log.admin().delete_records([where])[where].result(30)
+    except KafkaException as error:
+        if error.args[0].code() == KafkaError.POLICY_VIOLATION:
+            return False
+        raise
+    return True
 
 
 def test_a_changelog_that_was_made_anew_is_not_an_empty_state(stack: Stack) -> None:
