@@ -183,7 +183,7 @@ class Runner:
             self.fail(Unreachable(f"{self.kind.name}: a partition was not given up within {_JOIN_S:g} s"))
 
     def _tell(self, lanes: Iterable[Lane]) -> None:
-        """Let the group's offsets show how far its partitions are, for who looks at lags: nothing here reads them."""
+        """Let the group's offsets show how far its partitions are, for lags and to notice a lost changelog."""
         if self.kind.plain_changelog:
             return  # part of each transaction there
         self._told_at = time.monotonic()
