@@ -55,9 +55,9 @@ def rebuild(session: Session, from_events: bool, yes: bool, state_dir: Path | No
 
 
 def _refuse_while_it_runs(log: KafkaLog) -> None:
-    from perdure.streams.local_engine import GROUP
+    from perdure.schemas import topics
 
-    members = log.members(GROUP)
+    members = log.members(topics.ENGINE_GROUP)
     if members:
         raise CommandRefused(
             f"{len(members)} engine processes are in the group ({', '.join(members)}): stop them first; one "

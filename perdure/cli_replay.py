@@ -47,7 +47,6 @@ def replay(session: Session, from_: str | None, to: str | None, against: Path | 
         raise InvalidRequest("--shadow goes on until Ctrl-C: it takes no --to", field="to")
     from perdure.points import parse_place
     from perdure.schemas import topics
-    from perdure.streams.local_engine import GROUP
     from perdure.streams.survey import committed_offsets
 
     settings = session.settings()
@@ -56,7 +55,7 @@ def replay(session: Session, from_: str | None, to: str | None, against: Path | 
         log, kafka = client.log, session.kafka()
         begins, ends = (None if text is None else parse_place(text, present(), log.partitions, name)
                         for text, name in ((from_, "from"), (to, "to")))  # fmt: skip
-        executed = committed_offsets(kafka, GROUP, topics.COMMANDS, range(log.partitions))
+        executed = committed_offsets(kafka, topics.ENGINE_GROUP, topics.COMMANDS, range(log.partitions))
         slices = _slices(log, begins, ends, {p: offset or 0 for p, offset in executed.items()})
         run = Run(log, keys, _snapshots(settings.blobs), against, stack)
         for partition, (first, until) in slices.items():

@@ -59,11 +59,11 @@ def upgrade(session: Session, wanted: int | None) -> int:
 
 
 def _refuse_older(log: KafkaLog, view: ConfigView, level: int) -> None:
+    from perdure.schemas import topics
     from perdure.streams.host import ENGINES
-    from perdure.streams.local_engine import GROUP
 
     older = []
-    for name in log.members(GROUP):
+    for name in log.members(topics.ENGINE_GROUP):
         _, content = view.names.get(ENGINES + name, (0, None))
         said = {} if content is None else json.loads(content)
         if said.get("level", 0) < level:

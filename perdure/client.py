@@ -22,6 +22,7 @@ from perdure.schemas import codec, ids, json_commands, limits, topics
 from perdure.schemas.commands import AwaitTask, Command, Control, DescribeTask, FindTasks, SubmitTask
 from perdure.schemas.errors import AmbiguousId, InfrastructureError, InvalidRequest, NotFound, UnknownType, Unreachable
 from perdure.schemas.inbox import CommandReply
+from perdure.streams.admission import Admission
 from perdure.streams.log import Log, Producer
 from perdure.streams.schema_lookup import SchemaLookup
 from perdure.submission import SubmitOptions, to_command
@@ -93,13 +94,15 @@ class Client:
 
         An input too large for a record goes to the store of large values first, if there is one (PERDURE_BLOBS).
         Raises `InvalidRequest` naming the field, `UnknownType` for a type that no worker has published when neither
-        queue nor id says where to put the task, and `Unreachable`. A refusal by the engine shows in the handle.
+        queue nor id says where to put the task, `Busy` while 100,000 commands wait for an engine (to a client that has
+        made 1,000 submits; see `Admission`), and `Unreachable`. A refusal by the engine shows in the handle.
         """
         command = to_command(self.head(), type, options, now=self._clock())
         text = self.large_values.text(input, "input")
         command = self._placed(command)
         command = replace(command, input=self.large_values.carried(command.task_id, text))
         json_commands.check(command)
+        self._connection().admission.admit_submit()
         expected = self._connection().replies.expect(command.command_id)
         self._send(command)
         return Handle(self, command.task_id, verdict=expected)
@@ -265,6 +268,7 @@ class _Connection:
         self.catalog = Catalog(log)
         self.replies = Replies(log, client_id)
         self.producer: Producer = log.producer()
+        self.admission = Admission(log, time.monotonic)
 
     def close(self) -> None:
         self.replies.close()

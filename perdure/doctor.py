@@ -16,7 +16,6 @@ from perdure.schemas.errors import ConfigurationError, DecodeError, Infrastructu
 from perdure.schemas.public import Quarantined, WorkerMetrics
 from perdure.settings import Settings, is_loopback
 from perdure.streams.kafka_log import KafkaLog
-from perdure.streams.local_engine import GROUP
 from perdure.streams.log import Record, records_of
 from perdure.streams.survey import (
     TopicFacts,
@@ -74,11 +73,11 @@ def _gather(
 ) -> Facts:  # fmt: skip
     inputs = found[topics.COMMANDS.name].partitions
     numbers = [p.partition for p in inputs]
-    committed = committed_offsets(log, GROUP, topics.COMMANDS, numbers) if numbers else {}
+    committed = committed_offsets(log, topics.ENGINE_GROUP, topics.COMMANDS, numbers) if numbers else {}
     unread = {p.partition: committed.get(p.partition) or p.first for p in inputs}
     unread_at = {p.partition: at for p in inputs if unread[p.partition] < p.end
                  and (at := _time_of(log, p.partition, unread[p.partition])) is not None}  # fmt: skip
-    group = survey_group(log, GROUP)
+    group = survey_group(log, topics.ENGINE_GROUP)
     whole = count is not None and len(inputs) == count
     answers, answer_ms, skew = _ask(settings) if whole and group.owners else (0, 0, 0)
     now = _wall() - skew

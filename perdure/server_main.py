@@ -23,7 +23,6 @@ from perdure.schemas.errors import InfrastructureError, Unreachable
 from perdure.streams.host_slots import HostSlot, host_id
 from perdure.streams.kafka_connection import quiet
 from perdure.streams.kafka_log import KafkaLog
-from perdure.streams.local_engine import GROUP as ENGINE
 from perdure.streams.log import Log
 from perdure.streams.processor import Kind
 from perdure.streams.runner import Runner
@@ -57,7 +56,7 @@ def main(
     large = settings.large_values(log.topic_id)
     projections = [Projection(log, kind, state / "partition", instance) for kind in (PROGRESS, DEAD_LETTERS)]
     sweeping = {"large values": Sweeper(large, commands).run} if settings.blobs is not None else {}
-    engine = Lag(log, ENGINE, (topics.COMMANDS.name,))
+    engine = Lag(log, topics.ENGINE_GROUP, (topics.COMMANDS.name,))
     name = urlsplit(settings.api or "").hostname
     try:
         return server.main(

@@ -47,7 +47,6 @@ from starlette.routing import Mount, Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from perdure.projections import history, render
-from perdure.projections.admission import admit
 from perdure.projections.auth import Access, Answer, Download, Gate, refusal
 from perdure.projections.progress import STATES
 from perdure.projections.views import PAGE_MAX, Place, Views
@@ -65,6 +64,7 @@ from perdure.schemas.errors import (
 )
 from perdure.schemas.json_commands import strict_loads
 from perdure.schemas.public import TaskProgress
+from perdure.streams.admission import admit
 
 LOG = logging.getLogger("perdure.server")
 

@@ -134,4 +134,6 @@ ALL: tuple[Topic, ...] = (
     ALERTS,
     QUARANTINE,
 )
+ENGINE_GROUP = "engine"
+"""The consumer group of the engines: its offsets on `task-commands` tell how far they are."""
 BY_NAME: dict[str, Topic] = {topic.name: topic for topic in ALL}

@@ -17,8 +17,6 @@ from perdure.streams.processor import Kind
 from perdure.streams.shard import Shard
 from perdure.streams.store import MemoryStore, Store
 
-GROUP = "engine"
-
 
 def engine_kind(partitions: int, keys: Keys) -> Kind:
     """The engine as a runner sees it."""
@@ -43,7 +41,9 @@ class LocalEngine:
         self._config = ConfigView(log)
         self._config.refresh()
         self._producer = log.producer()
-        self._member = log.member(GROUP, [topics.COMMANDS.name], on_assigned=lambda _: None, on_revoked=lambda *_: None)
+        self._member = log.member(
+            topics.ENGINE_GROUP, [topics.COMMANDS.name], on_assigned=lambda _: None, on_revoked=lambda *_: None
+        )
         self._member.read(0, 0)
         for partition in range(log.partitions):
             self._open(partition)

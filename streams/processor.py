@@ -70,7 +70,16 @@ class Kind:
     """How long input may wait for more of it: many small transactions are what costs the broker most."""
     plain_changelog: bool = False
     """The changelog is a public topic that holds the state's values and no positions; see `Table`. The group's offsets
-    are the positions then, and part of each transaction; else the group is only told of them."""
+    are the positions then."""
+
+    @property
+    def positions_in_changelog(self) -> bool:
+        """Whether who takes a partition over reads in the changelog how far its inputs are executed.
+
+        Then the group is only told of positions, for lags. Elsewhere each transaction sends them to the group, which
+        refuses those of a member that it has put out, and with them the transaction.
+        """
+        return self.changelog is not None and not self.plain_changelog
 
 
 class Transaction:

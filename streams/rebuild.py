@@ -16,7 +16,6 @@ from perdure.schemas.errors import InfrastructureError, Unreachable
 from perdure.schemas.rows import Mark, Position, Session
 from perdure.streams import leases, tables
 from perdure.streams.event_fold import EventFold
-from perdure.streams.local_engine import GROUP
 from perdure.streams.log import Log
 from perdure.streams.store import RocksStore, Store
 
@@ -49,7 +48,7 @@ def fold_partition(log: Log, partition: int, store: Store, say: Say = lambda _: 
     fold.require_whole(first)
     store.apply({key: codec.encode(row) for key, row in _sessions_over(store)})
     where = (topics.COMMANDS.name, partition)
-    committed = log.committed(GROUP, [where])[where]
+    committed = log.committed(topics.ENGINE_GROUP, [where])[where]
     if committed is not None:
         last = Position(offset=max(last.offset, committed), at=last.at)
     if last.offset:
@@ -72,7 +71,7 @@ def write_changelog(log: Log, partition: int, store: Store) -> int:
     Fences every engine that still believes that the partition is its own. Raises `InfrastructureError` if the changelog
     is not empty, or `Unreachable`.
     """
-    log.transactional(f"{GROUP}.{partition}").close()
+    log.transactional(f"{topics.ENGINE_GROUP}.{partition}").close()
     reader = log.reader()
     _, end = reader.bounds(topics.CHANGELOG.name, partition)
     reader.close()

@@ -244,7 +244,7 @@ class Shard:
             # 3
             positions = self.processor.positions()
             reached = {(t, self.partition): positions[t] for t in {r.topic for r in records}}
-            producer.commit(self._member, reached if self.kind.plain_changelog else {})
+            producer.commit(self._member, {} if self.kind.positions_in_changelog else reached)
         except TransactionAborted:
             producer.abort()
             raise

@@ -25,6 +25,7 @@ BESIDE = ("tests", "tools", "docs", "examples", "benchmarks")
 
 SHELL = frozenset(
     {
+        "admission",
         "config_view",
         "crash_marks",
         "duties",

@@ -17,6 +17,7 @@ from perdure.schemas.commands import DescribeTask, FindTasks, SubmitTask
 from perdure.schemas.common import Retry
 from perdure.schemas.errors import (
     AmbiguousId,
+    Busy,
     CommandRefused,
     InfrastructureError,
     InvalidRequest,
@@ -26,6 +27,7 @@ from perdure.schemas.errors import (
     Unreachable,
     ValueTooLarge,
 )
+from perdure.streams import admission
 from perdure.streams.memory_log import MemoryLog
 from tests.unit.perdure.scripted_engine import NOT_FOUND, Answer, configure, reply, running, status
 
@@ -66,6 +68,16 @@ def test_a_submit_is_in_the_partition_of_its_types_queue_when_it_returns(log: Me
     assert ids.split(handle.id)[0] == command.queue == "etl"
     assert (command.input, command.policy_version, command.reply_to) == (b'{"a":2,"b":1}', 0, client.id)
     assert log.records("task-commands")[0].key == b"etl"
+
+
+def test_a_flood_is_told_when_to_come_again(log: MemoryLog, client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"BUSY_LAG": 6, "FREE_SUBMITS": 3, "RETRY_AFTER_S": 0}.items():
+        monkeypatch.setattr(admission, name, value)
+    with pytest.raises(Busy, match=r"engine is 8 records behind in task-commands") as busy:
+        for n in range(50):
+            client.submit("t", n)
+    assert busy.value.retry_after == 0
+    assert len(submitted(log)) == 8, "nothing that was refused is in the log"
 
 
 def test_every_option_reaches_the_command(log: MemoryLog, client: Client) -> None:

@@ -11,6 +11,7 @@ from perdure.streams import shard as shard_module
 from perdure.streams.local_engine import engine_kind
 from perdure.streams.log import BEGIN, Member, Record
 from perdure.streams.memory_log import MemoryLog
+from perdure.streams.processor import Kind, Out, Table, Transaction
 from perdure.streams.shard import Shard
 from perdure.streams.store import MemoryStore
 
@@ -90,3 +91,20 @@ def test_a_host_that_comes_back_to_nothing_new_knows_how_far_it_is(log: MemoryLo
     again = host(log)
     again.start_positions()
     assert again.reached == {(topics.COMMANDS.name, 0): INPUTS}
+
+
+def _echo(record: Record, t: Transaction) -> None:
+    t.out.append(Out(topics.DEAD_LETTERS.name, None, record.value))
+
+
+def test_without_positions_in_a_changelog_a_host_that_was_put_out_commits_nothing(log: MemoryLog) -> None:
+    """It has no other way to learn what its successor has executed."""
+    kind = Kind("echo", (topics.COMMANDS.name,), None, lambda store, _: Table("echo", store, _echo, kind.inputs))
+    member = member_of(log)
+    shard = Shard(kind, 0, log=log, store=MemoryStore(), member=member, transactional_id="echo.0")
+    held = inputs(log)
+    assert shard.run_batch(held[:1])
+    member.close()
+    tries = iter((True, True, False))
+    assert not shard.run_batch(held[1:], lambda: next(tries))
+    assert len(log.records(topics.DEAD_LETTERS.name)) == 1
