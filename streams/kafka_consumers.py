@@ -65,7 +65,6 @@ class _Consuming:
     def __init__(self, log: Connection) -> None:
         self._log = log
         self._ends: dict[Where, int] = {}
-        self._nexts: dict[Where, int] = {}
 
     def read(self, max_records: int, timeout_s: float) -> list[Record]:
         messages: list[Message] = []
@@ -74,30 +73,32 @@ class _Consuming:
             messages.append(first)
             if max_records > 1:
                 messages += self._consumer.consume(max_records - 1, 0.001)
-        return [r for m in messages if (r := self._sort(m)) is not None]
+        records: list[Record] = []
+        for message in messages:
+            error = message.error()
+            if error is None:
+                records.append(_record(self._log, message))
+            else:
+                self._take_in(error, message)
+        return records
 
-    def _sort(self, message: Message) -> Record | None:
-        error = message.error()
-        if error is None:
-            record = _record(self._log, message)
-            self._nexts[record.topic, record.partition] = record.offset + 1
-            return record
+    def _take_in(self, error: KafkaError, message: Message) -> None:
+        """What came in place of a record. Raises `LogTruncated` or another `InfrastructureError`."""
         if error.code() == KafkaError._PARTITION_EOF:
             self._ends[self._log.plain(str(message.topic())), message.partition() or 0] = message.offset() or 0
-            return None
-        if error.code() == KafkaError._AUTO_OFFSET_RESET:
+        elif error.code() == KafkaError._AUTO_OFFSET_RESET:
             topic, partition = self._log.plain(str(message.topic())), message.partition() or 0
             first, end = self._log.offsets(topic, partition)
             raise LogTruncated(
                 f"{topic}/{partition} begins at {first} and ends at {end}, but its reader stands outside of that "
                 f"({error.str()}): records were deleted before they were read, or the topic was replaced"
             )
-        if error.fatal() or error.code() in (
+        elif error.fatal() or error.code() in (
             KafkaError.TOPIC_AUTHORIZATION_FAILED,
             KafkaError.GROUP_AUTHORIZATION_FAILED,
         ):
             raise InfrastructureError(f"reading {message.topic()}: {error.str()}")
-        return None  # a lost connection and the like: librdkafka goes on by itself
+        # Else a lost connection and the like: librdkafka goes on by itself.
 
     def close(self) -> None:
         self._consumer.close()
@@ -108,6 +109,7 @@ class KafkaReader(_Consuming):
 
     def __init__(self, log: Connection, committed: bool, gather_ms: int = 0) -> None:
         super().__init__(log)
+        self._nexts: dict[Where, int] = {}
         level = "read_committed" if committed else "read_uncommitted"
         own = {"group.id": f"{log.prefix}reader", "isolation.level": level, "error_cb": quiet}
         self._consumer = Consumer(log.config(_CONSUMER, _gathering(gather_ms), own))
@@ -118,6 +120,12 @@ class KafkaReader(_Consuming):
         self._consumer.assign(
             [TopicPartition(self._log.prefix + t, p, _OFFSETS.get(o, o)) for (t, p), o in positions.items()]
         )
+
+    def read(self, max_records: int, timeout_s: float) -> list[Record]:
+        found = super().read(max_records, timeout_s)
+        for record in found:
+            self._nexts[record.topic, record.partition] = record.offset + 1
+        return found
 
     def bounds(self, topic: str, partition: int) -> tuple[int, int]:
         # A read_committed consumer would answer with the last stable offset.
@@ -201,16 +209,15 @@ class KafkaMember(_Consuming):
         """What fences a member of an older generation, as of the last poll: generations change in polls only."""
         return self._metadata
 
-    def _sort(self, message: Message) -> Record | None:
-        error = message.error()
-        if error is not None and error.code() == KafkaError._AUTO_OFFSET_RESET:
+    def _take_in(self, error: KafkaError, message: Message) -> None:
+        if error.code() == KafkaError._AUTO_OFFSET_RESET:
             where = self._log.plain(str(message.topic())), message.partition() or 0
             if where in self._paused:
-                return None  # fetched before it was paused: its owner says from where it is to be read
-        if error is not None and error.code() == KafkaError._FATAL:
+                return  # fetched before it was paused: its owner says from where it is to be read
+        if error.code() == KafkaError._FATAL:
             # Said once; after it the consumer reads nothing more.
             raise Fenced(f"{self.group}: the group has put this member out: {error.str()}")
-        return super()._sort(message)
+        super()._take_in(error, message)
 
     def read(self, max_records: int, timeout_s: float) -> list[Record]:
         self._owner = threading.get_ident()

@@ -30,7 +30,9 @@ from perdure.streams.snapshots import Place
 from perdure.streams.standbys import Standbys
 from perdure.streams.store import RocksStore
 
-_BUFFER_RECORDS = 5_000
+_BUFFER_RECORDS = 20_000
+"""Records of a partition that wait to be executed before no more are fetched. To stop and begin again is dear: what the
+consumer has fetched ahead is thrown away, and fetched once more."""
 _BUFFER_BYTES = 32 * 1024 * 1024
 _READ_S = 0.2
 _OPENING_READ_S = 0.02
@@ -101,10 +103,9 @@ class Runner:
         """Read and hand out records until `stop`. Raises what a lane failed with."""
         try:
             while not self._stopping.is_set():
-                for record in self._read():
-                    lane = self._lanes.get(record.partition)
-                    if lane is not None:
-                        lane.hand_over(record)
+                for number, records in by_partition(self._read()).items():
+                    if number in self._lanes:
+                        self._lanes[number].hand_over(records)
                 self._balance()
                 self._joining.look()
                 if time.monotonic() - self._told_at >= _TELL_S:
@@ -206,6 +207,21 @@ class Runner:
         self._paused &= self._lanes.keys()
 
 
+def by_partition(records: Iterable[Record]) -> dict[int, list[Record]]:
+    """Records by partition; within one they keep their order."""
+    groups: dict[int, list[Record]] = {}
+    for record in records:
+        groups.setdefault(record.partition, []).append(record)
+    return groups
+
+
+def most_records(record_cpu_s: float) -> int:
+    """Records for one transaction, when each takes `record_cpu_s` to execute."""
+    if record_cpu_s <= 0:
+        return limits.BATCH_RECORDS
+    return max(limits.BATCH_RECORDS, min(int(limits.BATCH_CPU_S / record_cpu_s), limits.BATCH_RECORDS_QUICK))
+
+
 class Lane:
     """One partition's thread."""
 
@@ -222,11 +238,11 @@ class Lane:
         self._thread = threading.Thread(target=self._run, name=f"{runner.kind.name}-{partition}", daemon=True)
         self._thread.start()
 
-    def hand_over(self, record: Record) -> None:
-        """Another record of the partition."""
+    def hand_over(self, records: list[Record]) -> None:
+        """More records of the partition."""
         with self._changed:
-            self._records.append(record)
-            self._bytes += len(record.value or b"")
+            self._records.extend(records)
+            self._bytes += sum(len(record.value or b"") for record in records)
             self._changed.notify()
 
     def wake(self) -> None:
@@ -325,7 +341,8 @@ class Lane:
         if duties is not None:
             duties.perform(wall_clock())
         while not self._halt.is_set():
-            batch = self._take(None if duties is None else duties.next_due(wall_clock()))
+            due = None if duties is None else duties.next_due(wall_clock())
+            batch = self._take(due, most_records(shard.record_cpu_s))
             if batch:
                 if not shard.run_batch(batch, still_mine=lambda: not self._halt.is_set()):
                     return
@@ -337,8 +354,8 @@ class Lane:
             if snapshots is not None:
                 snapshots.consider(wall_clock())
 
-    def _take(self, due: int | None) -> list[Record]:
-        """The records at hand, or what comes until `due` (host ms)."""
+    def _take(self, due: int | None, most: int) -> list[Record]:
+        """The records at hand, `most` at the most, or what comes until `due` (host ms)."""
         with self._changed:
             if not self._records and not self._halt.is_set() and not self._woken:
                 wait = 1.0 if due is None else max(0.0, (due - wall_clock()) / 1000)
@@ -346,7 +363,7 @@ class Lane:
             self._woken = False
             batch: list[Record] = []
             size = 0
-            while self._records and len(batch) < limits.BATCH_RECORDS and size < limits.BATCH_BYTES:
+            while self._records and len(batch) < most and size < limits.BATCH_BYTES:
                 record = self._records.popleft()
                 size += len(record.value or b"")
                 batch.append(record)
