@@ -37,6 +37,29 @@ _REPLICATED = {
 }
 
 
+def leader_of(bootstrap: str, topic: str, partition: int) -> int:
+    """The number of the broker that leads a partition."""
+    return _admin(bootstrap).list_topics(topic, 10.0).topics[topic].partitions[partition].leader - 1
+
+
+def await_replicas(bootstrap: str) -> None:
+    """Wait until every partition of the three brokers has three replicas in sync."""
+    admin = _admin(bootstrap)
+
+    def whole() -> bool:
+        with suppress(KafkaException):
+            found = admin.list_topics(timeout=5.0)
+            parts = [p for topic in found.topics.values() for p in topic.partitions.values()]
+            return len(found.brokers) == BROKERS and all(len(p.isrs) == len(p.replicas) for p in parts)
+        return False
+
+    until("all replicas in sync", whole, _START_S)
+
+
+def _admin(bootstrap: str) -> AdminClient:
+    return AdminClient({"bootstrap.servers": bootstrap, "log_level": 0})
+
+
 class KafkaCluster:
     """Three brokers in folders of their own; addressed by number, 0 to 2."""
 
@@ -73,28 +96,16 @@ class KafkaCluster:
 
     def leader(self, topic: str, partition: int) -> int:
         """The number of the broker that leads a partition."""
-        return AdminClient(self._settings()).list_topics(topic, 10.0).topics[topic].partitions[partition].leader - 1
+        return leader_of(self.bootstrap, topic, partition)
 
     def await_replicas(self) -> None:
         """Wait until every partition has three replicas in sync."""
-        admin = AdminClient(self._settings())
-
-        def whole() -> bool:
-            with suppress(KafkaException):
-                found = admin.list_topics(timeout=5.0)
-                parts = [p for topic in found.topics.values() for p in topic.partitions.values()]
-                return len(found.brokers) == BROKERS and all(len(p.isrs) == len(p.replicas) for p in parts)
-            return False
-
-        until("all replicas in sync", whole, _START_S)
+        await_replicas(self.bootstrap)
 
     def stop(self) -> None:
         """Stop all of them."""
         with ThreadPoolExecutor(BROKERS) as pool:
             list(pool.map(lambda broker: broker.stop(), self.brokers))
-
-    def _settings(self) -> dict[str, str | int]:
-        return {"bootstrap.servers": self.bootstrap, "log_level": 0}
 
 
 class OneOfThree:

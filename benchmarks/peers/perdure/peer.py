@@ -64,7 +64,10 @@ class PerdureStream(StreamPeer):
     title = "Perdure's stream shell"
     folder = "perdure"
     durability = "exactly-once transactions, RocksDB, changelog"
-    settings = "one process, a thread for each partition; a transaction takes what has come, at most 1,000 records"
+    settings = (
+        "one process, a thread for each partition; a transaction takes what has come, as far as 50 ms of CPU are "
+        "enough for it"
+    )
 
     def install(self) -> dict[str, str]:
         self.python = Path(sys.executable)
