@@ -71,9 +71,10 @@ def prune(store: CheckpointStore, task_id: str, recorded: int) -> None:
             store.delete(kept.uri)
 
 
-def pack(text: bytes) -> bytes:
-    """JSON text as a store keeps it."""
-    return HEADER + zstandard.ZstdCompressor(level=3).compress(text)
+def pack(*text: bytes) -> bytes:
+    """JSON text, given in parts, as a store keeps it."""
+    compressor = zstandard.ZstdCompressor(level=3).compressobj(size=sum(map(len, text)))
+    return b"".join((HEADER, *map(compressor.compress, text), compressor.flush()))
 
 
 def unpack(data: bytes) -> bytes:

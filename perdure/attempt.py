@@ -410,7 +410,7 @@ class Attempt:
             yield Call(checkpoints.prune, (self._store, self.grant.task_id, version), blocking=True)
         self._saved_at = self._clock.monotonic_ms()
 
-    def _captured(self) -> tuple[bytes, bytes]:
+    def _captured(self) -> tuple[tuple[bytes, ...], bytes]:
         """The checkpoint of this moment, and a digest of what a resume would find changed."""
         content = Content(
             state=self.state,
@@ -427,8 +427,8 @@ class Attempt:
         except PerdureError as error:
             raise self._final(error) from None
 
-    def _store_text(self, version: int, text: bytes) -> checkpoints.Saved:
-        return self._store.save(self.grant.task_id, version, checkpoints.pack(text))
+    def _store_text(self, version: int, text: tuple[bytes, ...]) -> checkpoints.Saved:
+        return self._store.save(self.grant.task_id, version, checkpoints.pack(*text))
 
     def _load(self, ref: CheckpointRef) -> Content:
         return Content.of(checkpoints.unpack(self._store.load(ref.uri, ref.sha256)))

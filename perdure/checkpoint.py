@@ -30,12 +30,15 @@ class Content:
     """Running time of the task, earlier attempts included."""
     code_version: str
 
-    def text(self) -> tuple[bytes, bytes]:
-        """(JSON text, digest of what a resume would lose without it). Raises `NotSerializable` naming `ctx.state`."""
-        state = values.dumps(self.state, field="ctx.state", limit=STATE_MAX)
-        rest = values.dumps({k: v for k, v in vars(self).items() if k != "state"}, field="checkpoint", limit=STATE_MAX)
-        # The state may be large, so it is put in as the text it already is.
-        return b'{"state":' + state + b"," + rest[1:], _digest(state, self.positions)
+    def text(self) -> tuple[tuple[bytes, ...], bytes]:
+        """(JSON text in parts, digest of what a resume would lose without it). Raises `NotSerializable`.
+
+        In parts, because the state may be large: to put them together takes as long as to compress them.
+        """
+        state = values.dumps_large(self.state, field="ctx.state", limit=STATE_MAX)
+        rest = {k: v for k, v in vars(self).items() if k != "state"}
+        end = values.dumps_large(rest, field="checkpoint", limit=STATE_MAX)
+        return (b'{"state":', state, b",", end[1:]), _digest(state, self.positions)
 
     @classmethod
     def of(cls, text: bytes) -> Content:
@@ -48,7 +51,9 @@ class Content:
 
 def _digest(state: bytes, positions: dict[str, int]) -> bytes:
     moved = {path: done for path, done in positions.items() if done}
-    return hashlib.sha256(state + values.dumps(moved, field="positions")).digest()
+    digest = hashlib.sha256(state)
+    digest.update(values.dumps(moved, field="positions"))
+    return digest.digest()
 
 
 NOTHING = _digest(b"{}", {})

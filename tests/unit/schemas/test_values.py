@@ -22,11 +22,15 @@ from hypothesis import strategies as st
 
 from perdure.schemas import limits
 from perdure.schemas.errors import DecodeError, NotSerializable, ValueTooLarge
-from perdure.schemas.values import TAG, dumps, loads
+from perdure.schemas.values import TAG, dumps, dumps_large, loads
 
 
 def again(value: Any) -> Any:
     return loads(dumps(value, field="input"))
+
+
+def large_again(value: Any) -> Any:
+    return loads(dumps_large(value, field="input", limit=limits.VALUE_MAX))
 
 
 json_values = st.recursive(
@@ -68,6 +72,30 @@ rich_values = st.recursive(
 @given(json_values)
 def test_json_comes_back_unchanged_whatever_its_keys(value: Any) -> None:
     assert again(value) == value
+
+
+@given(json_values | rich_values)
+def test_large_values_come_back_the_same(value: Any) -> None:
+    """From a writer of their own, which is quicker."""
+    assert large_again(value) == again(value)
+
+
+def test_a_large_value_has_one_text_whatever_its_order() -> None:
+    """A checkpoint is skipped when nothing has changed."""
+    one = {"b": 1, "a": {"d": [1, 2.5], "c": {3, 1, 2}}}
+    other = {"a": {"c": {2, 1, 3}, "d": [1, 2.5]}, "b": 1}
+    assert dumps_large(one, field="x", limit=1_000) == dumps_large(other, field="x", limit=1_000)
+
+
+@pytest.mark.parametrize("value", [float("nan"), object(), {1: 2}, "\ud800"])
+def test_what_is_no_json_is_no_large_value_either(value: Any) -> None:
+    with pytest.raises(NotSerializable, match=r"^ctx\.state "):
+        dumps_large(value, field="ctx.state", limit=1_000)
+
+
+def test_a_large_value_has_a_limit() -> None:
+    with pytest.raises(ValueTooLarge, match=r"ctx\.state is 1,001 bytes"):
+        dumps_large("x" * 999, field="ctx.state", limit=1_000)
 
 
 @given(rich_values)
