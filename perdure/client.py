@@ -95,7 +95,7 @@ class Client:
         An input too large for a record goes to the store of large values first, if there is one (PERDURE_BLOBS).
         Raises `InvalidRequest` naming the field, `UnknownType` for a type that no worker has published when neither
         queue nor id says where to put the task, `Busy` while 100,000 commands wait for an engine (to a client that has
-        made 1,000 submits; see `Admission`), and `Unreachable`. A refusal by the engine shows in the handle.
+        made 10,000 submits; see `Admission`), and `Unreachable`. A refusal by the engine shows in the handle.
         """
         command = to_command(self.head(), type, options, now=self._clock())
         text = self.large_values.text(input, "input")

@@ -17,7 +17,7 @@ BUSY_LAG = 100_000
 """Records behind which nothing new is let in: some ten seconds of work for one partition's engine."""
 RETRY_AFTER_S = 5
 """When to ask again: lags are measured as often."""
-FREE_SUBMITS = 1_000
+FREE_SUBMITS = 10_000
 """So many submits a client makes before it looks how far the engine is: to look takes longer than a submit."""
 _COUNTED = frozenset({topics.COMMANDS.name, topics.EVENTS.name, topics.PROGRESS.name})
 """What a submit adds to. Logs and metrics, however many, turn nobody away."""
@@ -45,7 +45,7 @@ class Admission:
         self._lag = 0
 
     def admit_submit(self) -> None:
-        """Let a submit in. Of every thousand one blocks for the look, some 100 ms, but none within 5 s of the last.
+        """Let a submit in. Of every 10,000 one blocks for the look, some 100 ms, but none within 5 s of the last.
 
         Raises `Busy`. A log that does not tell turns nobody away: the append itself shows whether it works.
         """
