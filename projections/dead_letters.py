@@ -10,14 +10,16 @@ import hashlib
 import re
 from typing import Any
 
-from perdure.projections.inputs import Fact, Transaction, readable, task_of
+from perdure.projections.inputs import Fact, Transaction, read_as, readable, task_of, written
 from perdure.projections.progress import shown, timeout_error
 from perdure.schemas import events, topics
-from perdure.schemas.codec import decode_as, encode, replace
+from perdure.schemas.codec import class_of, replace
 from perdure.schemas.common import ErrorInfo
 from perdure.schemas.public import DeadLetter
 from perdure.streams.log import Record
 
+_NOTHING_NEW = (events.TaskQueued, events.AttemptStarted, events.CheckpointRecorded)
+"""Events that come with nearly every task and change no case: they are passed over undecoded."""
 _FRAME = re.compile(r'File "([^"\n]+)", line \d+(?:, in ([^\n]+))?')
 
 
@@ -34,19 +36,22 @@ class DeadLetterProcessor:
 
     def handle(self, record: Record, tx: Transaction) -> None:
         """Fold one record into its task's case, and publish the letter if it changed. Bad records are quarantined."""
+        if record.value is not None and class_of(record.value) in _NOTHING_NEW:
+            return
         found = readable(record, tx)
         task_id = None if found is None else task_of(found)
         if found is None or task_id is None:
             return
         key = task_id.encode()
         row = tx.get(key)
-        before = None if row is None else decode_as(DeadLetter, row)
+        before = None if row is None else read_as(DeadLetter, row)
         after = fold(before, found)
         if after is before:
             return
-        tx.put(key, None if after is None else encode(after))
+        data = None if after is None else written(after)
+        tx.put(key, data)
         if after is not None and after.state:
-            tx.emit(topics.DEAD_LETTERS.name, key, encode(after))
+            tx.emit(topics.DEAD_LETTERS.name, key, data)
         elif before is not None and before.state:
             tx.emit(topics.DEAD_LETTERS.name, key, None)
 

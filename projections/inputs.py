@@ -6,10 +6,9 @@ as one, so each input record counts exactly once.
 
 from __future__ import annotations
 
-from functools import lru_cache
-from typing import Any, Protocol, TypeAlias, get_args
+from typing import Any, Protocol, TypeAlias, TypeVar, get_args
 
-from perdure.schemas.codec import decode
+from perdure.schemas.codec import decode, encode
 from perdure.schemas.errors import DecodeError
 from perdure.schemas.events import Event, ProgressReported
 from perdure.streams.log import Record
@@ -20,6 +19,11 @@ Fact: TypeAlias = Event | ProgressReported
 _FACTS = (*get_args(Event), ProgressReported)
 _SMALL = 2_048
 """Bytes of a record that is kept decoded for a while; nearly all are."""
+_MOST_KNOWN = 4_096
+_KNOWN: dict[bytes, Any] = {}
+"""Records by their bytes. Progress, dead letters and views look at each event within a moment, and a row is read again
+with its task's next event: decoding was half of what they cost."""
+R = TypeVar("R")
 
 
 class Transaction(Protocol):
@@ -42,17 +46,40 @@ GATHER_MS = 50
 """How long what is only looked at may wait for more of its kind: a tenth of what workers wait between two reports."""
 
 
-@lru_cache(maxsize=4_096)
-def _decoded(data: bytes) -> Any:
-    """Progress, dead letters and views look at each event within a moment: decoding was half of what they cost."""
-    return decode(data)
+def written(record: object) -> bytes:
+    """The record's bytes; who reads them soon is handed the record itself. It must not be changed any more."""
+    return _kept(encode(record), record)
+
+
+def read_as(cls: type[R], data: bytes) -> R:
+    """The record in bytes that were written or read a moment ago, mostly; not to be changed. Raises `DecodeError`."""
+    found = _read(data)
+    if not isinstance(found, cls):
+        raise DecodeError(f"expected {cls.__name__}, found {type(found).__name__}")
+    return found
+
+
+def _read(data: bytes) -> Any:
+    found = _KNOWN.get(data)
+    if found is None:
+        found = decode(data)
+        _kept(data, found)
+    return found
+
+
+def _kept(data: bytes, record: object) -> bytes:
+    if len(data) <= _SMALL:
+        if len(_KNOWN) >= _MOST_KNOWN:
+            _KNOWN.clear()
+        _KNOWN[data] = record
+    return data
 
 
 def fact(data: bytes | None) -> Fact:
     """The event or accepted progress that a record's value holds. Raises `DecodeError`."""
     if data is None:
         raise DecodeError("the record has no value")
-    found = _decoded(data) if len(data) <= _SMALL else decode(data)
+    found = _read(data)
     if not isinstance(found, _FACTS):
         raise DecodeError(f"expected an event, found {type(found).__name__}")
     return found  # type: ignore[no-any-return]

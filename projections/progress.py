@@ -20,9 +20,9 @@ from __future__ import annotations
 import math
 from typing import Any, assert_never
 
-from perdure.projections.inputs import Fact, Transaction, fact, readable, task_of
+from perdure.projections.inputs import Fact, Transaction, fact, read_as, readable, task_of, written
 from perdure.schemas import durations, events, topics
-from perdure.schemas.codec import decode_as, encode, replace
+from perdure.schemas.codec import replace
 from perdure.schemas.common import ErrorInfo
 from perdure.schemas.public import TaskProgress
 from perdure.streams.log import Record
@@ -92,7 +92,7 @@ class ProgressProcessor:
             return
         key = task_id.encode()
         row = tx.get(key)
-        before = None if row is None else decode_as(TaskProgress, row)
+        before = None if row is None else read_as(TaskProgress, row)
         if isinstance(found, events.ProgressReported) and (before is None or before.retired):
             tx.put(_EARLY + key, record.value)
             return
@@ -103,7 +103,7 @@ class ProgressProcessor:
                 after = fold(after, fact(early))
                 tx.put(_EARLY + key, None)
         if after is not None and after is not before:
-            tx.put(key, encode(after))
+            tx.put(key, written(after))
 
 
 def fold(progress: TaskProgress | None, record: Fact) -> TaskProgress | None:

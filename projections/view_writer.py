@@ -19,7 +19,7 @@ from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from perdure.projections.inputs import GATHER_MS, fact, task_of
+from perdure.projections.inputs import GATHER_MS, fact, read_as, task_of
 from perdure.projections.views import APPLICATION_ID, SCHEMA, VERSION
 from perdure.schemas import events, limits, topics
 from perdure.schemas.codec import decode_as, encode
@@ -209,7 +209,7 @@ class ViewWriter:
                 self._put("config", _key(r), r.offset, r.value)
 
     def _task(self, r: Record) -> None:
-        p = decode_as(TaskProgress, r.value or b"")
+        p = read_as(TaskProgress, r.value or b"")
         labels = json.dumps(p.labels, sort_keys=True)
         known = self._db.execute("SELECT labels FROM tasks WHERE task_id = ?", (p.task_id,)).fetchone()
         if known is None or known[0] != labels:

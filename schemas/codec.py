@@ -123,6 +123,12 @@ def header_of(cls: type) -> bytes:
     return _BY_CLASS[cls].header
 
 
+def class_of(data: bytes) -> type | None:
+    """The class that a record says it is of, in any version, without decoding it; None if it has to be asked for."""
+    known = _BY_HEADER.get(data[:HEADER])
+    return None if known is None else known.cls
+
+
 def decode_as(cls: type[R], data: bytes) -> R:
     """`decode`, for a place where only records of `cls` belong. Raises `DecodeError`."""
     message = decode(data)

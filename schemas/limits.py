@@ -53,7 +53,7 @@ DEPTH_MAX = 64
 BATCH_RECORDS = 1_000
 """Records in a transaction. Where they are quick to execute, more: what a transaction costs is shared by all in it."""
 BATCH_RECORDS_QUICK = 10_000
-BATCH_CPU_S = 0.05
+BATCH_CPU_MS = 50
 """So much time to execute the records of a transaction is little beside what its commit takes under load."""
 BATCH_BYTES = 8 * 1024 * 1024
 DECISION_KEYS = 1_000

@@ -219,7 +219,7 @@ def most_records(record_cpu_s: float) -> int:
     """Records for one transaction, when each takes `record_cpu_s` to execute."""
     if record_cpu_s <= 0:
         return limits.BATCH_RECORDS
-    return max(limits.BATCH_RECORDS, min(int(limits.BATCH_CPU_S / record_cpu_s), limits.BATCH_RECORDS_QUICK))
+    return max(limits.BATCH_RECORDS, min(int(limits.BATCH_CPU_MS / 1_000 / record_cpu_s), limits.BATCH_RECORDS_QUICK))
 
 
 class Lane:

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-import yaml
+import msgspec
 from docker.models.containers import Container
 from testcontainers.core.config import testcontainers_config
 from testcontainers.core.container import DockerContainer
@@ -25,7 +25,7 @@ class ComposeBrokers:
     """Addressed by number, 0 to 2. Their ports on this machine are free ones; all else is as in the file."""
 
     def __init__(self) -> None:
-        services = yaml.safe_load(_COMPOSE.read_text())["services"]
+        services = msgspec.yaml.decode(_COMPOSE.read_bytes())["services"]
         ports = free_ports(BROKERS)
         self.bootstrap = ",".join(f"localhost:{port}" for port in ports)
         self._network = Network()

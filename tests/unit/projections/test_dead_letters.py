@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 import pytest
 
+from perdure.projections import dead_letters
 from perdure.projections.dead_letters import DeadLetterProcessor, fingerprint, fold
 from perdure.projections.inputs import Fact
 from perdure.schemas import events
@@ -38,6 +39,17 @@ def failed() -> Story:
     story.then(events.AttemptFailed)
     story.then(events.RetryScheduled)
     return story.running(epoch=2, attempt=2).failing()
+
+
+@pytest.mark.parametrize("kind", dead_letters._NOTHING_NEW)
+def test_what_is_passed_over_undecoded_changes_no_case(kind: type[Fact]) -> None:
+    story = failed()
+    case = folded(story.events)
+    assert case is not None
+    event = story.then(kind)
+    assert type(event) is kind
+    assert fold(case, event) is case
+    assert published([event]) == []
 
 
 def test_a_letter_says_what_was_asked_and_how_it_went() -> None:
