@@ -6,6 +6,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -89,34 +90,40 @@ def worker(
     \b
     perdure worker -m myapp.tasks --queue etl --slots 8
     """
-    settings = _begin(session, flags)
-    from perdure.schemas.ids import check_queue
+    _end_with_owner()
+    from perdure.forkserver import ForkServer
 
-    for queue in queues:
-        check_queue(queue)
-    from perdure.engine_main import state_directory
-    from perdure.schemas.durations import to_ms
-    from perdure.streams.kafka_log import KafkaLog
-    from perdure.worker import Worker
+    forks = ForkServer(modules, start_method=start, max_tasks=max_tasks_per_child)
+    with ExitStack() as stack:
+        # First of all: to import the tasks takes as long as all that follows here, and goes on meanwhile.
+        forks.start()
+        stack.callback(forks.stop, 0)
+        settings = _begin(session, flags)
+        from perdure.schemas.ids import check_queue
 
-    keys = settings.require_keys()
-    state_dir = state_directory(settings)
-    log = KafkaLog(settings.require_bootstrap(), settings.namespace, options=settings.kafka)
-    return Worker(
-        log,
-        keys,
-        modules=list(modules),
-        queues=list(queues) or None,
-        slots=slots or os.cpu_count() or 1,
-        async_slots=async_slots,
-        name=name,
-        state_dir=state_dir,
-        checkpoint_dir=settings.checkpoint_dir or state_dir / "checkpoints",
-        start=start,
-        max_tasks_per_child=max_tasks_per_child,
-        drain_timeout_s=to_ms(drain_timeout, field="drain_timeout", positive=False) / 1000,
-        large=settings.large_place(log.topic_id),
-    ).run()
+        for queue in queues:
+            check_queue(queue)
+        from perdure.engine_main import state_directory
+        from perdure.schemas.durations import to_ms
+        from perdure.streams.kafka_log import KafkaLog
+        from perdure.worker import Worker
+
+        keys = settings.require_keys()
+        state_dir = state_directory(settings)
+        log = KafkaLog(settings.require_bootstrap(), settings.namespace, options=settings.kafka)
+        return Worker(
+            log,
+            keys,
+            forks,
+            queues=list(queues) or None,
+            slots=slots or os.cpu_count() or 1,
+            async_slots=async_slots,
+            name=name,
+            state_dir=state_dir,
+            checkpoint_dir=settings.checkpoint_dir or state_dir / "checkpoints",
+            drain_timeout_s=to_ms(drain_timeout, field="drain_timeout", positive=False) / 1000,
+            large=settings.large_place(log.topic_id),
+        ).run()
 
 
 @click.command()

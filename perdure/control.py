@@ -36,6 +36,8 @@ class Spawn(msgspec.Struct, tag=True, array_like=True):
 
     name: str
     kind: str
+    checkpoints: str
+    large: Place | None
 
 
 class Kill(msgspec.Struct, tag=True, array_like=True):
@@ -74,7 +76,5 @@ class Plan(msgspec.Struct, frozen=True):
     """What the fork server is started with."""
 
     modules: list[str]
-    checkpoints: str
-    large: Place | None
     start_method: str
     max_tasks: int

@@ -84,7 +84,7 @@ class Server:
     def _spawn(self, command: Spawn, channel: int) -> None:
         plan = self._plan
         settings = Settings(
-            command.name, command.kind, plan.modules, plan.checkpoints, plan.large, plan.max_tasks, os.getpid()
+            command.name, command.kind, plan.modules, command.checkpoints, command.large, plan.max_tasks, os.getpid()
         )
         try:
             pid = (

@@ -143,26 +143,29 @@ class ForkServer:
         self,
         modules: Sequence[str],
         *,
-        checkpoints: Path,
         start_method: str = "fork",
         max_tasks: int = 100,
-        large: Place | None = None,
     ) -> None:
-        """`modules`: dotted names or paths of files. `checkpoints`: directory of the local checkpoint store.
-        `large`: where values too large for a record lie, if anywhere.
-        `start_method`: fork, or spawn for modules whose import starts threads.
+        """`modules`: dotted names or paths of files. `start_method`: fork, or spawn for modules whose import starts
+        threads. Raises `ConfigurationError` for another one.
         """
         if start_method not in ("fork", "spawn"):
             raise ConfigurationError(f"the start method is fork or spawn, not {start_method!r}")
-        self._plan = Plan(list(modules), str(checkpoints.absolute()), large, start_method, max_tasks)
+        self._plan = Plan(list(modules), start_method, max_tasks)
+        self.checkpoints = Path()
+        """Directory of the children's local checkpoint store; to be set before the first `spawn`."""
+        self.large: Place | None = None
+        """Where values too large for a record lie, if anywhere; as above."""
         self._control: socket.socket
-        self._process: subprocess.Popen[bytes]
+        self._process: subprocess.Popen[bytes] | None = None
         self._children: dict[str, Child] = {}
         self._made = 0
         self._lock = threading.Lock()
 
     def start(self) -> None:
-        """Start the process; returns at once, while it imports the modules."""
+        """Start the process; returns at once, while it imports the modules. Does nothing if it was started before."""
+        if self._process is not None:
+            return
         self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         plan = msgspec.json.encode(self._plan).decode()
         with theirs:
@@ -201,7 +204,8 @@ class ForkServer:
             child = Child(f"{kind}-{self._made}", kind, ours)
             self._children[child.name] = child
             try:
-                socket.send_fds(self._control, [encode(Spawn(child.name, kind))], [theirs.fileno()])
+                told = Spawn(child.name, kind, str(self.checkpoints.absolute()), self.large)
+                socket.send_fds(self._control, [encode(told)], [theirs.fileno()])
             except OSError as error:
                 child.close()
                 raise InfrastructureError(f"the fork server is gone: {error}") from error
@@ -240,7 +244,10 @@ class ForkServer:
                 )
 
     def stop(self, timeout_s: float = 10) -> None:
-        """End the fork server and every child that still runs. Blocks until all are gone or `timeout_s` is over."""
+        """End the fork server and every child that still runs. Blocks until all are gone or `timeout_s` is over.
+
+        A second call finds nothing left to do.
+        """
         self._control.close()
         self._end(timeout_s)
 
@@ -270,6 +277,7 @@ class ForkServer:
 
     def _end(self, timeout_s: float) -> str:
         """Wait for the fork server's end, enforce it, and say how it ended."""
+        assert self._process is not None, "asked of a fork server that was started"
         try:
             code = self._process.wait(timeout_s)
         except subprocess.TimeoutExpired:

@@ -84,23 +84,22 @@ class Worker:
         self,
         log: Log,
         keys: Keys,
+        server: ForkServer,
         *,
-        modules: list[str],
         queues: list[str] | None = None,
         slots: int,
         name: str | None = None,
         state_dir: Path,
         checkpoint_dir: Path,
-        start: str = "fork",
-        max_tasks_per_child: int = 100,
         async_slots: int = 1_000,
         drain_timeout_s: float = 60.0,
         large: Place | None = None,
     ) -> None:
-        """`queues`: None for those of the loaded types. `slots`: tasks of process types at the same time, `async_slots`
-        of async ones. `name`: None for one made of host id and host slot. `start`: fork or spawn. `drain_timeout_s`:
-        how long tasks may take to stop when the worker does; they are killed then. `large`: where values too large for
-        a record lie; None: they have to fit.
+        """`server`: of the tasks' modules; started by `run` if it does not run yet, ended by it in any case.
+        `queues`: None for those of the loaded types. `slots`: tasks of process types at the same time, `async_slots`
+        of async ones. `name`: None for one made of host id and host slot. `drain_timeout_s`: how long tasks may take
+        to stop when the worker does; they are killed then. `large`: where values too large for a record lie; None: they
+        have to fit.
 
         Raises `ConfigurationError` for slots below 1.
         """
@@ -110,9 +109,8 @@ class Worker:
         self._slot_counts = {"process": slots, "async": async_slots}
         self._state_dir, self._checkpoints = state_dir, checkpoint_dir
         self._drain_ms = round(drain_timeout_s * 1000)
-        self._server = ForkServer(
-            modules, checkpoints=checkpoint_dir, start_method=start, max_tasks=max_tasks_per_child, large=large
-        )
+        self._server = server
+        server.checkpoints, server.large = checkpoint_dir, large
         self._events = Events()
         self._stops = 0
         self._drained_by: int | None = None

@@ -11,6 +11,7 @@ from typing import Any
 import psutil
 import pytest
 
+from perdure.forkserver import ForkServer
 from perdure.schemas import codec, ids
 from perdure.schemas.errors import ConfigurationError
 from perdure.schemas.inbox import EndSession
@@ -72,7 +73,7 @@ def test_every_way_of_saying_something_is_captured_before_the_end(bench: Bench) 
 
 
 def test_no_line_of_200_tasks_in_one_reused_child_goes_astray(bench: Bench) -> None:
-    bench.start(slots=1, max_tasks_per_child=1_000)
+    bench.start(slots=1, max_tasks=1_000)
     tasks = [bench.submit("talk", f"t{n}", number=n) for n in range(200)]
     pids = {bench.await_event(task, "TaskCompleted").result for task in tasks}
     assert len(pids) == 1, "one child for all"
@@ -287,7 +288,7 @@ def test_an_expired_session_is_followed_by_a_new_one(bench: Bench) -> None:
 def test_a_module_that_cannot_be_imported_is_named(bench: Bench, tmp_path: Path) -> None:
     (tmp_path / "broken.py").write_text("import no_such_module_anywhere\n")
     modules = [str(tmp_path / "broken.py")]
-    worker = Worker(bench.log, bench.keys, modules=modules, slots=1, state_dir=tmp_path, checkpoint_dir=tmp_path)
+    worker = Worker(bench.log, bench.keys, ForkServer(modules), slots=1, state_dir=tmp_path, checkpoint_dir=tmp_path)
     with pytest.raises(ConfigurationError, match="no_such_module_anywhere"):
         worker.run()
 

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 import psutil
 
+from perdure.forkserver import ForkServer
 from perdure.schemas import codec, ids
 from perdure.schemas.commands import CancelTask, PauseTask, ResumeTask, SubmitTask
 from perdure.schemas.public import LogLine
@@ -113,7 +114,7 @@ class Bench:
         self._stopped.set()
         self._engine.join()
 
-    def start(self, **options: Any) -> RunningWorker:
+    def start(self, max_tasks: int = 100, **options: Any) -> RunningWorker:
         """A worker with the test tasks; returns when its sessions have begun."""
         settings: dict[str, Any] = {
             "slots": 2,
@@ -121,7 +122,8 @@ class Bench:
             "checkpoint_dir": self.folder / "checkpoints",
         }
         before = len(self.messages("task-commands", "WorkerStarted"))
-        worker = RunningWorker(Worker(self.log, self.keys, modules=[TASKS], **(settings | options)))
+        forks = ForkServer([TASKS], max_tasks=max_tasks)
+        worker = RunningWorker(Worker(self.log, self.keys, forks, **(settings | options)))
         self.workers.append(worker)
         until(
             "the worker is registered",

@@ -73,7 +73,8 @@ class Supervisor:
     """Starts children of one module and runs attempts in them, acknowledging all they say."""
 
     def __init__(self, module: Path, checkpoints: Path, **options: Any) -> None:
-        self.server = ForkServer([str(module)], checkpoints=checkpoints, **options)
+        self.server = ForkServer([str(module)], **options)
+        self.server.checkpoints = checkpoints
         self.server.start()
         self.loaded: Loaded = self.server.loaded(DEADLINE_S)
         self._epoch = 0

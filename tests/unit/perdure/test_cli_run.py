@@ -8,12 +8,12 @@ import subprocess
 import sys
 import textwrap
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from click.testing import CliRunner
 
-from perdure import cli, engine_main, server_main, worker
+from perdure import cli, engine_main, forkserver, server_main, worker
 from perdure.schemas.signing import Keys
 from perdure.settings import Settings
 from perdure.streams import kafka_log
@@ -46,12 +46,43 @@ def test_engine_gets_settings_and_processes(elsewhere: Path, monkeypatch: pytest
     assert inherited == "a:1"
 
 
-def test_worker_gets_all_it_needs(elsewhere: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+class Forks:
+    """Stands in for the fork server: what it was told, and what was done to it."""
+
+    made: ClassVar[list[Forks]] = []
+
+    def __init__(self, modules: Any, **more: Any) -> None:
+        self.given = {"modules": list(modules)} | more
+        self.done: list[str] = []
+        self.made.append(self)
+
+    def start(self) -> None:
+        self.done.append("started")
+
+    def stop(self, timeout_s: float) -> None:
+        assert timeout_s == 0
+        self.done.append("stopped")
+
+
+@pytest.fixture
+def forks(monkeypatch: pytest.MonkeyPatch) -> list[Forks]:
+    monkeypatch.setattr(Forks, "made", [])
+    monkeypatch.setattr(forkserver, "ForkServer", Forks)
+    return Forks.made
+
+
+def test_a_worker_that_cannot_begin_leaves_no_fork_server(forks: list[Forks]) -> None:
+    assert run("worker", "-m", "x", "--bootstrap", "kafka.example.org:9092").exit_code == 1
+    assert [fork.done for fork in forks] == [["started", "stopped"]]
+
+
+def test_worker_gets_all_it_needs(elsewhere: Path, monkeypatch: pytest.MonkeyPatch, forks: list[Forks]) -> None:
     got: list[dict[str, Any]] = []
 
     class Worker:
-        def __init__(self, log: Any, keys: Any, **more: Any) -> None:
-            got.append({"log": log, "keys": keys} | more)
+        def __init__(self, log: Any, keys: Any, forks: Forks, **more: Any) -> None:
+            assert forks.done == ["started"]
+            got.append({"log": log, "keys": keys} | forks.given | more)
 
         def run(self) -> int:
             return 75
@@ -70,12 +101,12 @@ def test_worker_gets_all_it_needs(elsewhere: Path, monkeypatch: pytest.MonkeyPat
     [given] = got
     assert given["keys"] == Keys.load(elsewhere / ".perdure" / "keys.json")
     assert given["log"][:2] == ("127.0.0.1:1", "perdure.")
-    assert {n: given[n] for n in ("modules", "queues", "slots", "name", "start", "drain_timeout_s")} == {
+    assert {n: given[n] for n in ("modules", "queues", "slots", "name", "start_method", "drain_timeout_s")} == {
         "modules": ["a.tasks", "b"],
         "queues": ["etl"],
         "slots": 8,
         "name": "w",
-        "start": "spawn",
+        "start_method": "spawn",
         "drain_timeout_s": 60,
     }
     assert (given["state_dir"], given["checkpoint_dir"]) == (Path("state"), Path("state/checkpoints"))

@@ -237,7 +237,7 @@ def test_the_supervisors_death_is_the_end_of_all_that_it_started(tmp_path: Path)
 def test_modules_that_cannot_be_used_are_refused_in_one_message(tmp_path: Path, source: str, message: str) -> None:
     module = tmp_path / "user_tasks.py"
     module.write_text("from perdure.tasks import task\n" + source)
-    server = ForkServer([str(module)], checkpoints=tmp_path)
+    server = ForkServer([str(module)])
     server.start()
     with pytest.raises(ConfigurationError, match=message) as caught:
         server.loaded(60)
@@ -253,7 +253,7 @@ def test_a_module_by_name_finds_what_lies_beside_it(tmp_path: Path, monkeypatch:
         "from perdure.tasks import task\nfrom user_app.more import VALUE\n@task\ndef job(ctx): return VALUE\n"
     )
     monkeypatch.chdir(tmp_path)
-    server = ForkServer(["user_app.jobs"], checkpoints=tmp_path / "checkpoints")
+    server = ForkServer(["user_app.jobs"])
     server.start()
     try:
         assert list(server.loaded(60).types) == ["job"]
@@ -276,7 +276,7 @@ def test_a_module_that_starts_threads_runs_with_spawn(tmp_path: Path) -> None:
 
 def test_an_import_without_end_is_given_up(tmp_path: Path) -> None:
     module = write_module(tmp_path, "import time; time.sleep(3600)")
-    server = ForkServer([str(module)], checkpoints=tmp_path)
+    server = ForkServer([str(module)])
     server.start()
     with pytest.raises(ConfigurationError, match="more than 1 s"):
         server.loaded(1)
@@ -284,4 +284,4 @@ def test_an_import_without_end_is_given_up(tmp_path: Path) -> None:
 
 def test_unknown_start_method_is_refused() -> None:
     with pytest.raises(ConfigurationError, match="fork or spawn"):
-        ForkServer(["x"], checkpoints=Path("x"), start_method="thread")
+        ForkServer(["x"], start_method="thread")

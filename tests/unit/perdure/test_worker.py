@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from perdure import worker
+from perdure.forkserver import ForkServer
 from perdure.streams.memory_log import MemoryLog
 from perdure.worker import TICK_MS, Worker
 from tests.unit.perdure.answering import KEYS
@@ -17,7 +18,7 @@ from tests.unit.perdure.answering import KEYS
 def test_what_keeps_coming_does_not_hold_up_what_is_due(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = itertools.count(1_000)
     monkeypatch.setattr(worker, "_clock", lambda: next(clock))
-    busy = Worker(MemoryLog(lambda: 1), KEYS, modules=["x"], slots=1, state_dir=tmp_path, checkpoint_dir=tmp_path)
+    busy = Worker(MemoryLog(lambda: 1), KEYS, ForkServer(["x"]), slots=1, state_dir=tmp_path, checkpoint_dir=tmp_path)
     ticks: list[int] = []
 
     def tick(now: int) -> int:
