@@ -177,8 +177,7 @@ class Worker:
     def _configured(self, name: str) -> Config:
         """What `config` holds, our schemas included from now on."""
         config = read_config(self._log)
-        schemas = {f"schema/{fingerprint}": schema for fingerprint, schema in codec.published_schemas().items()}
-        publish(self._log, config, {k: s for k, s in schemas.items() if k not in config}, name, _wall())
+        publish(self._log, config, codec.unpublished_schemas(config), name, _wall())
         return config
 
     def _join(self, stack: ExitStack, config: Config, name: str, loaded: Loaded, executors: dict[str, str]) -> None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import io
 import json
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from dataclasses import is_dataclass
 from functools import cached_property
 from importlib import resources
@@ -196,6 +196,22 @@ def published_schemas() -> dict[str, dict[str, Any]]:
     """Fingerprint (hex) -> schema, of every version this build reads."""
     found = {f.header[2:].hex(): avro_schema(f.cls) for f in _BY_CLASS.values()}
     return found | {schema_fingerprint(s).hex(): s for s in _older_versions()}
+
+
+def unpublished_schemas(names: Container[str]) -> dict[str, dict[str, Any]]:
+    """Name in `config` -> schema, of every version this build reads, but for the names that are there already.
+
+    To derive all of them takes tens of milliseconds, which a process that comes back can do without.
+    """
+    own = {schema_name(f.header[2:].hex()): f.cls for f in _BY_CLASS.values()}
+    older = {schema_name(schema_fingerprint(s).hex()): s for s in _older_versions()}
+    found = {name: avro_schema(cls) for name, cls in own.items() if name not in names}
+    return found | {name: schema for name, schema in older.items() if name not in names}
+
+
+def schema_name(fingerprint: str) -> str:
+    """Where `config` has a schema."""
+    return f"schema/{fingerprint}"
 
 
 # Between records and what fastavro reads and writes ------------------------------------------------------------------

@@ -39,8 +39,8 @@ _UPLOAD_S = 5.0
 
 def publish_schemas(producer: Producer, config: ConfigView) -> None:
     """Put the schemas that this build writes into `config`, before anything is written with them."""
-    schemas = {f"schema/{fingerprint}": schema for fingerprint, schema in codec.published_schemas().items()}
-    for name in sorted(schemas.keys() - config.names.keys()):
+    schemas = codec.unpublished_schemas(config.names)
+    for name in sorted(schemas):
         record = ConfigRecord(name=name, content=json.dumps(schemas[name], separators=(",", ":")).encode())
         producer.append(topics.CONFIG.name, 0, name.encode(), codec.encode(record))
     producer.flush(30.0)

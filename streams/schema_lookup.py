@@ -7,6 +7,7 @@ import threading
 import time
 from typing import Any
 
+from perdure.schemas import codec
 from perdure.streams.config_view import ConfigView
 from perdure.streams.log import Log
 
@@ -24,7 +25,7 @@ class SchemaLookup:
 
     def __call__(self, fingerprint: str) -> dict[str, Any] | None:
         """The schema published under a fingerprint (hex). Blocks for milliseconds; raises `Unreachable`."""
-        name = f"schema/{fingerprint}"
+        name = codec.schema_name(fingerprint)
         with self._lock:
             if name not in self._config.names and self._may_look():
                 self._config.refresh_to_end()

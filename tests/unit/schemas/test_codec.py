@@ -190,6 +190,14 @@ def test_published_schemas_are_all_that_ship() -> None:
         assert published[codec.schema_fingerprint(schema).hex()] == schema
 
 
+def test_what_config_has_is_not_published_again() -> None:
+    everything = codec.unpublished_schemas(())
+    assert everything == {codec.schema_name(f): schema for f, schema in codec.published_schemas().items()}
+    names = sorted(everything)
+    assert codec.unpublished_schemas(names) == {}
+    assert codec.unpublished_schemas(names[::2]).keys() == set(names[1::2])
+
+
 def before_defaulted_fields(schema: Any) -> Any:
     """The schema as it was before the fields that have defaults were added, each record defined at its first use."""
     definitions: dict[str, Any] = {}
