@@ -173,7 +173,7 @@ class _Link:
 
 
 class KafkaTransactional:
-    """A transactional producer; takes a fresh epoch by itself when it has lost a connection (see `_Link`)."""
+    """A transactional producer; good for no further transaction once it has lost a connection (see `_Link`)."""
 
     def __init__(self, log: Connection, name: str) -> None:
         self._log, self._name = log, name
@@ -202,11 +202,10 @@ class KafkaTransactional:
 
     def begin(self) -> None:
         if self._suspect:
-            try:
-                self._producer = self._create()
-            except Unreachable as error:
-                raise TransactionAborted(f"not begun: {error}") from error
-            self._suspect = False
+            # Only who reads what was committed before may go on under a fresh epoch: while this process stood still
+            # another one may have taken over, and the epoch would take the partition back from it unseen.
+            raise OutcomeUnknown(f"a connection of {self._name} was lost, or its last commit took long: what was sent "
+                                 f"may still arrive, so a new producer has to take over")  # fmt: skip
         self._call("begin", self._producer.begin_transaction)
 
     def append(

@@ -110,7 +110,11 @@ class Transactional(Protocol):
     """
 
     def begin(self) -> None:
-        """Begin a transaction. Raises `Fenced`."""
+        """Begin a transaction.
+
+        Raises `Fenced`, or `OutcomeUnknown` where a new producer has to take over first (see `commit`): who goes on has
+        to read what was committed before.
+        """
 
     def append(
         self, topic: str, partition: int, key: bytes | None, value: bytes | None, on_ack: OnAck | None = None

@@ -30,9 +30,10 @@ from perdure.streams.snapshots import Place
 from perdure.streams.standbys import Standbys
 from perdure.streams.store import RocksStore
 
-_BUFFER_RECORDS = 20_000
-"""Records of a partition that wait to be executed before no more are fetched. To stop and begin again is dear: what the
-consumer has fetched ahead is thrown away, and fetched once more."""
+_BUFFER_RECORDS = 80_000
+_BUFFER_LEAST = 5_000
+"""Records that wait to be executed before no more are fetched: in a process, and for a partition in any case. To stop
+and begin again is dear: what the consumer has fetched ahead is thrown away, and fetched once more."""
 _BUFFER_BYTES = 32 * 1024 * 1024
 _READ_S = 0.2
 _OPENING_READ_S = 0.02
@@ -196,12 +197,13 @@ class Runner:
 
     def _balance(self) -> None:
         """Stop fetching for lanes that are behind, and fetch again for those that have caught up."""
+        most = most_waiting(len(self._lanes))
         for number, lane in self._lanes.items():
             where = [(topic, number) for topic in self.kind.inputs]
-            if number not in self._paused and lane.ready and lane.is_full():
+            if number not in self._paused and lane.ready and lane.is_full(most):
                 self._paused.add(number)
                 self.member.pause(where)
-            elif number in self._paused and lane.is_nearly_empty():
+            elif number in self._paused and lane.is_nearly_empty(most):
                 self._paused.discard(number)
                 self.member.resume(where)
         self._paused &= self._lanes.keys()
@@ -213,6 +215,11 @@ def by_partition(records: Iterable[Record]) -> dict[int, list[Record]]:
     for record in records:
         groups.setdefault(record.partition, []).append(record)
     return groups
+
+
+def most_waiting(partitions: int) -> int:
+    """Records of one partition that may wait, in a process that has so many."""
+    return max(_BUFFER_LEAST, _BUFFER_RECORDS // max(1, partitions))
 
 
 def most_records(record_cpu_s: float) -> int:
@@ -251,13 +258,13 @@ class Lane:
             self._woken = True
             self._changed.notify()
 
-    def is_full(self) -> bool:
-        """Whether records come faster than they are executed."""
-        return len(self._records) >= _BUFFER_RECORDS or self._bytes >= _BUFFER_BYTES
+    def is_full(self, most: int) -> bool:
+        """Whether records come faster than they are executed: `most` of them wait."""
+        return len(self._records) >= most or self._bytes >= _BUFFER_BYTES
 
-    def is_nearly_empty(self) -> bool:
-        """Whether more may come."""
-        return len(self._records) < _BUFFER_RECORDS // 2 and self._bytes < _BUFFER_BYTES // 2
+    def is_nearly_empty(self, most: int) -> bool:
+        """Whether more may come, up to `most`."""
+        return len(self._records) < most // 2 and self._bytes < _BUFFER_BYTES // 2
 
     def ask_to_stop(self) -> None:
         """Finish the transaction under way and end."""

@@ -1,11 +1,11 @@
-"""How many records share a transaction: more where they are quick to execute, so that none waits long for the others."""
+"""How many records share a transaction, and how many may wait for one."""
 
 from __future__ import annotations
 
 import pytest
 
 from perdure.schemas import limits
-from perdure.streams.runner import most_records
+from perdure.streams.runner import most_records, most_waiting
 
 
 @pytest.mark.parametrize(
@@ -21,3 +21,7 @@ from perdure.streams.runner import most_records
 )
 def test_a_transaction_takes_as_many_as_are_executed_in_little_time(record_cpu_s: float, most: int) -> None:
     assert most_records(record_cpu_s) == pytest.approx(most, abs=1)
+
+
+def test_what_waits_is_bounded_for_the_process_and_never_too_little_for_a_partition() -> None:
+    assert [most_waiting(n) for n in (0, 1, 4, 16, 100)] == [80_000, 80_000, 20_000, 5_000, 5_000]
