@@ -1,9 +1,10 @@
-"""Named points at which an engine process can be made to die, for tests of recovery.
+"""Named points at which an engine process can be made to die or to stand still, for tests of recovery.
 
-    PERDURE_FAILPOINTS="after-produce=kill:0.01,in-restore=kill"
+    PERDURE_FAILPOINTS="after-produce=kill:0.01,in-commit=stop"
 
-`kill` is SIGKILL at the point, with the given probability (1 if none is given) each time it is passed. Decided when
-this module is imported; without the variable a point is a call of a function that does nothing.
+`kill` is SIGKILL at the point, with the given probability (1 if none is given) each time it is passed; `stop` is
+SIGSTOP, once in the life of the process. Decided when this module is imported; without the variable a point is a call of
+a function that does nothing.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import re
 import signal
 import threading
 from collections.abc import Callable
+from typing import NamedTuple
 
 from perdure.schemas.errors import ConfigurationError
 
@@ -27,43 +29,58 @@ POINTS = (
     "in-restore",
     "in-checkpoint",
 )
-_ACTION = re.compile(r"([a-z-]+)=kill(?::(0?\.\d+|[01]))?")
+_ACTION = re.compile(r"([a-z-]+)=(kill|stop)(?::(0?\.\d+|[01]))?")
+_SIGNALS = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP}
 _COMMIT_S = 0.005
 """A commit on a broker nearby takes about as long."""
 
 
-def parse(text: str) -> dict[str, float]:
-    """Point -> probability of death. Raises `ConfigurationError` for what is no point or no action."""
-    armed: dict[str, float] = {}
+class Armed(NamedTuple):
+    """What happens at a point, and with which probability."""
+
+    action: str
+    probability: float
+
+
+def parse(text: str) -> dict[str, Armed]:
+    """What is armed, by point. Raises `ConfigurationError` for what is no point or no action."""
+    armed: dict[str, Armed] = {}
     for part in filter(None, text.split(",")):
         found = _ACTION.fullmatch(part.strip())
         if found is None or found[1] not in POINTS:
             raise ConfigurationError(
-                f"{VARIABLE}: {part!r} is not POINT=kill or POINT=kill:PROBABILITY; the points are {', '.join(POINTS)}"
+                f"{VARIABLE}: {part!r} is not POINT=kill, POINT=stop or either with :PROBABILITY; "
+                f"the points are {', '.join(POINTS)}"
             )
-        armed[found[1]] = float(found[2] or 1)
+        armed[found[1]] = Armed(found[2], float(found[3] or 1))
     return armed
 
 
 _armed = parse(os.environ.get(VARIABLE, ""))
 
 
-def _die() -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
+def _act(action: str) -> None:
+    os.kill(os.getpid(), _SIGNALS[action])
 
 
-def _is_due(point: str) -> bool:
-    return random.random() < _armed.get(point, 0.0)
+def _due(point: str) -> str | None:
+    """The action, if it is to be taken now."""
+    armed = _armed.get(point)
+    if armed is None or random.random() >= armed.probability:
+        return None
+    if armed.action == "stop":
+        del _armed[point]
+    return armed.action
 
 
 def _passed(point: str) -> None:
-    if _is_due(point):
-        _die()
+    if (action := _due(point)) is not None:
+        _act(action)
 
 
 def _entered(point: str) -> None:
-    if _is_due(point):
-        threading.Timer(random.uniform(0.0, _COMMIT_S), _die).start()
+    if (action := _due(point)) is not None:
+        threading.Timer(random.uniform(0.0, _COMMIT_S), _act, (action,)).start()
 
 
 def _off(point: str) -> None:
@@ -73,4 +90,4 @@ def _off(point: str) -> None:
 passed: Callable[[str], None] = _passed if _armed else _off
 """The process is at a point."""
 entered: Callable[[str], None] = _entered if _armed else _off
-"""The process begins what is named: it dies at some moment of the next milliseconds, while the caller goes on."""
+"""The process begins what is named: it dies, or stops, at some moment of the next milliseconds; the caller goes on."""

@@ -210,6 +210,30 @@ def zombie_engine(c: Campaign) -> float | None:
     return recovery
 
 
+@fault(1, TRANSITION + ", from the halt")
+def halted_in_commit(c: Campaign) -> float | None:
+    """An engine stands still in a commit, until another host has its partitions: then it goes on, from memory."""
+    engine = c.draw.choice(c.engines)
+    with c.without(engine):
+        engine.next_life = {VARIABLE: "in-commit=stop:0.05"}
+    c.patiently("a halt in a commit", lambda: _is_stopped(engine.process.pid))
+    began, pid = time.monotonic(), engine.process.pid
+    try:
+        recovery = c.recovered(began, "the takeover")
+        time.sleep(max(0.0, began + SESSION_S + 3.0 - time.monotonic()))  # the fault itself
+    finally:
+        os.kill(pid, signal.SIGCONT)
+    c.recovered(time.monotonic(), "its return")
+    return recovery
+
+
+def _is_stopped(pid: int) -> bool:
+    try:
+        return bool(psutil.Process(pid).status() == psutil.STATUS_STOPPED)
+    except psutil.NoSuchProcess:
+        return False
+
+
 @fault(1, TRANSITION)
 def lose_store(c: Campaign) -> float | None:
     """An engine dies, and its disk with it: the whole changelog is read."""
