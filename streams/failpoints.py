@@ -3,8 +3,8 @@
     PERDURE_FAILPOINTS="after-produce=kill:0.01,in-commit=stop"
 
 `kill` is SIGKILL at the point, with the given probability (1 if none is given) each time it is passed; `stop` is
-SIGSTOP, once in the life of the process. Decided when this module is imported; without the variable a point is a call of
-a function that does nothing.
+SIGSTOP, once in the life of the process. Decided when this module is imported; without the variable a point is a call
+of a function that does nothing.
 """
 
 from __future__ import annotations
