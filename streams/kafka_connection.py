@@ -35,6 +35,7 @@ _STALE = frozenset(
         KafkaError.LEADER_NOT_AVAILABLE,
         KafkaError.NOT_LEADER_FOR_PARTITION,
         KafkaError._TIMED_OUT,
+        KafkaError._NOENT,  # "No leaders found", said again and again after the leaders have come back
     }
 )
 """After a broker's restart a client may ask with old leader epochs for minutes, or wait for a coordinator for ever."""
@@ -149,6 +150,7 @@ _PASSING = frozenset(
         KafkaError.COORDINATOR_NOT_AVAILABLE,
         KafkaError.NOT_COORDINATOR,
         KafkaError._TIMED_OUT,
+        KafkaError._NOENT,  # "No leaders found", said again and again after the leaders have come back
         KafkaError._TRANSPORT,
         KafkaError._ALL_BROKERS_DOWN,
         KafkaError._NOENT,
