@@ -33,6 +33,7 @@ from confluent_kafka.admin import AdminClient
 from perdure.connectors.java import Java, find_java
 from perdure.connectors.kafka_data import HOST, Identity, KafkaData
 from perdure.connectors.kafka_jars import KafkaJars, cache_folder, kafka_jars
+from perdure.connectors.lost_groups import LostGroups
 from perdure.schemas.errors import ConfigurationError, InfrastructureError, Unreachable
 
 _JVM_FLAGS = ("-XX:+UseSerialGC", "-XX:TieredStopAtLevel=1", "-XX:-UsePerfData", "-Xms64m", "-Xmx384m")
@@ -92,6 +93,7 @@ class EmbeddedKafka:
         self._identity: Identity | None = None
         self._jvm: psutil.Process | None = None
         self._keeper: psutil.Process | None = None
+        self._groups = LostGroups(self._data.broker_log)
 
     def __enter__(self) -> Self:
         self.start()
@@ -123,6 +125,10 @@ class EmbeddedKafka:
     def alive(self) -> bool:
         """Whether the JVM runs; it may still be starting. Never blocks."""
         return self._jvm is not None and _lives(self._jvm)
+
+    def lost_groups(self) -> list[str]:
+        """What the broker has logged of consumer groups that nothing but its restart brings back; see `LostGroups`."""
+        return self._groups.look()
 
     def start(self, timeout_s: float = 60) -> str:
         """Start the broker, wait until it serves this cluster, and return its bootstrap address.
@@ -169,6 +175,7 @@ class EmbeddedKafka:
             self._identity = self._data.claim(jars.version, self._port)
             self._data.write_properties(self._identity, self._properties)
             self._data.fresh_logs()
+            self._groups = LostGroups(self._data.broker_log)
             archive = _class_archive(java, jars)
             if not self._data.is_formatted():
                 self._format(java, jars, archive, lock_fd)

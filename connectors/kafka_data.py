@@ -212,9 +212,10 @@ def broker_settings(identity: Identity, kafka_logs: Path) -> dict[str, str]:
         "transaction.state.log.min.isr": "1",
         "transaction.state.log.num.partitions": "4",
         # Coordinators read these two topics whole when a broker starts, and only closed segments are compacted: Kafka's
-        # own 100 MB hold hundreds of thousands of transactions, and each restart takes longer than the one before.
-        "offsets.topic.segment.bytes": str(4 * 1024 * 1024),
-        "transaction.state.log.segment.bytes": str(4 * 1024 * 1024),
+        # own 100 MB hold hundreds of thousands of transactions, and each restart takes longer than the one before. A
+        # load that takes long may also lose the groups (`lost_groups`). 1 MB is the least that Kafka takes.
+        "offsets.topic.segment.bytes": str(1024 * 1024),
+        "transaction.state.log.segment.bytes": str(1024 * 1024),
         "share.coordinator.state.topic.replication.factor": "1",
         "share.coordinator.state.topic.min.isr": "1",
         "share.coordinator.state.topic.num.partitions": "1",

@@ -45,6 +45,8 @@ _STOP_S = {"worker": _DRAIN_S + 5.0, "server": 10.0, "engine": 10.0}
 _HEALTHY_S = 2.0
 _RESTART_S = (0.0, 0.0, 0.0, 0.5, 1.0, 2.0, 5.0)
 """Pauses before a process that keeps dying before it has come up is started again; the last one stays."""
+_GROUPS_S = 5.0
+"""How often Kafka's log is read for groups that it has lost."""
 _HOST = "127.0.0.1"
 
 Say = Callable[[str], None]
@@ -107,6 +109,8 @@ class Stack:
     say: Say
     processes: dict[str, Process] = field(default_factory=dict)
     _hurry: bool = False
+    _lost: set[str] = field(default_factory=set)
+    _groups_due: float = 0.0
 
     def run(self, ready: Callable[[DevStack], None]) -> None:
         """Start everything, tell `ready`, and watch over it until SIGTERM or SIGINT; then stop everything.
@@ -210,9 +214,21 @@ class Stack:
             if not kafka.alive():
                 self.say("Kafka ended by itself; it is started again")
                 kafka.start()
+            self._look_after_groups(kafka, time.monotonic())
             for process in self.processes.values():
                 self._look_after(process, time.monotonic())
             self._await_a_death()
+
+    def _look_after_groups(self, kafka: EmbeddedKafka, now: float) -> None:
+        """Start Kafka again if it has lost consumer groups, and has not found them by the next look."""
+        if now < self._groups_due:
+            return
+        lost = kafka.lost_groups()
+        if still := set(lost) & self._lost:
+            self.say(f"Kafka has lost consumer groups, so it is started again: {min(still)}")
+            kafka.stop()
+            kafka.start()
+        self._lost, self._groups_due = set(lost) - still, now + _GROUPS_S
 
     def _await_a_death(self) -> None:
         """Wait until one of the processes ends, `_POLL_S` at the most."""

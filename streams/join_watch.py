@@ -35,5 +35,6 @@ class JoinWatch:
             LOG.warning(
                 f"{self._group}: the group has not taken this member in for {now - self._since:.0f} s, so nothing is "
                 f"executed here. Either no broker answers, or the group's coordinator does not: if its log says "
-                f"`Failed to load metadata from __consumer_offsets`, restart that broker"
+                f"`Failed to load metadata from __consumer_offsets`, or that a coordinator's state machine is `out of "
+                f"sync`, restart that broker"
             )

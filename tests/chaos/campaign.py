@@ -7,7 +7,6 @@ on a broker of the campaign's own that engines and workers reach through a proxy
 from __future__ import annotations
 
 import random
-import re
 import shutil
 import signal
 import struct
@@ -37,7 +36,6 @@ RECOVERY_S = 90.0
 """What has not come back after this is a violation."""
 _KEEP_S = 0.02
 T = TypeVar("T")
-_LOADED = re.compile(r"(?P<how>Failed to load|Finished loading of) metadata from (?P<where>__consumer_offsets-\d+)")
 _STATE_MB = 512
 
 
@@ -265,10 +263,10 @@ class Campaign:
     def _is_kafkas_own(self) -> bool:
         """Whether the broker has given its groups up for good, and nothing but its restart has brought them back.
 
-        Seen once in a hundred kills of a broker 4.2.2: the coordinator of a group fails to load, and does not try again.
+        Seen once in a hundred kills of a broker 4.2.2; `perdure.connectors.lost_groups` says why.
         """
         log = self.kafka.data_dir / "logs" / "broker.log"
-        lost = given_up(log.read_text(errors="replace"))
+        lost = self.kafka.lost_groups()
         if not lost:
             return False
         shutil.copy(log, self.folder / f"given-up-{len(self.happenings)}.log")
@@ -369,18 +367,6 @@ class Campaign:
 
 class NotRecovered(AssertionError):
     """Something did not come back."""
-
-
-def given_up(broker_log: str) -> list[str]:
-    """What a broker's log says of coordinators that could not be loaded and were not loaded since."""
-    failed: dict[str, str] = {}
-    for line in broker_log.splitlines():
-        if (found := _LOADED.search(line)) is not None:
-            if found["how"] == "Failed to load":
-                failed[found["where"]] = line[:500]
-            else:
-                failed.pop(found["where"], None)
-    return list(failed.values())
 
 
 def _skew_library(folder: Path) -> Path | None:

@@ -6,7 +6,6 @@ from itertools import islice
 
 import pytest
 
-from tests.chaos.campaign import given_up
 from tests.chaos.faults import KINDS, schedule
 from tests.chaos.load import Wanted
 from tests.chaos.proof import wrong_life, wrong_work
@@ -98,13 +97,3 @@ def test_a_partition_that_executes_nothing_is_not_flowing() -> None:
     moment = probes.flowing(since)
     assert moment is not None
     assert probes.flowing(moment) is None, "only what was sent afterwards counts"
-
-
-def test_a_broker_that_gave_its_groups_up_is_told_from_one_that_loaded_them_later() -> None:
-    def line(how: str, partition: int, epoch: int) -> str:
-        return f"INFO CoordinatorRuntime [GroupCoordinator id=1] {how} metadata from __consumer_offsets-{partition} with epoch {epoch}"
-
-    early = [line("Failed to load", 0, 40), line("Failed to load", 1, 40)]
-    assert given_up("\n".join([*early, line("Finished loading of", 0, 42)])) == [early[1]]
-    assert given_up("\n".join([line("Finished loading of", 0, 40), early[0]])) == [early[0]]
-    assert given_up("all is well") == []

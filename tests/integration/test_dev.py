@@ -88,6 +88,13 @@ def test_the_life_of_a_dev_stack(place: Place) -> None:
     again = place.run("submit", "greet", "--input", '{"name": "again"}')["task_id"]
     assert place.run("wait", again, "--timeout", "60s")["state"] == "COMPLETED"
 
+    kafka = processes[-2]
+    with (place.folder / ".perdure" / "kafka" / "logs" / "broker.log").open("a") as log:
+        log.write("The state machine of the coordinator __consumer_offsets-1 is out of sync with the underlying log.\n")
+    soon(lambda: gone(kafka), 60, "the end of a broker that has lost its groups")
+    last = place.run("submit", "greet", "--input", '{"name": "at last"}')["task_id"]
+    assert place.run("wait", last, "--timeout", "60s")["state"] == "COMPLETED"
+
     assert place.run("dev", "stop") == {"stopped": True}
     assert all(gone(p) for p in processes)
     assert place.run("status", task_id, code=4)["error"]["code"] == "unreachable"
