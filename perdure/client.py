@@ -9,7 +9,6 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import replace
 from queue import Empty, SimpleQueue
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, Unpack
@@ -100,7 +99,7 @@ class Client:
         command = to_command(self.head(), type, options, now=self._clock())
         text = self.large_values.text(input, "input")
         command = self._placed(command)
-        command = replace(command, input=self.large_values.carried(command.task_id, text))
+        command = codec.replace(command, input=self.large_values.carried(command.task_id, text))
         json_commands.check(command)
         self._connection().admission.admit_submit()
         expected = self._connection().replies.expect(command.command_id)
@@ -191,7 +190,7 @@ class Client:
         """The submit with its whole task id, found as the engine finds it, and the policy version that was seen."""
         catalog = self.catalog
         known = catalog.type(command.type)
-        command = replace(command, policy_version=None if known is None else known.version)
+        command = codec.replace(command, policy_version=None if known is None else known.version)
         head, local = ids.split(command.task_id)
         if head and (head in catalog.routing_keys() or head == command.queue):
             ids.check_local_id(local)
@@ -199,7 +198,7 @@ class Client:
                 raise InvalidRequest(
                     f"id {command.task_id!r} is in queue {head!r}, not {command.queue!r}", field="task_id"
                 )
-            return replace(command, queue=head)
+            return codec.replace(command, queue=head)
         queue = command.queue or catalog.queue_of(command.type)
         if queue is None:
             raise UnknownType(
@@ -208,7 +207,7 @@ class Client:
             )
         local = ids.check_local_id(command.task_id) if command.task_id else _new_local_id(command, queue)
         routing_key = catalog.routing_key(queue, local)
-        return replace(command, queue=routing_key, task_id=ids.join(routing_key, local))
+        return codec.replace(command, queue=routing_key, task_id=ids.join(routing_key, local))
 
     # The log ----------------------------------------------------------------------------------------------------------
 

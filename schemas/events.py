@@ -6,14 +6,14 @@ both is the engine's durable state. `at` is the log time of the input that cause
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Annotated as A
 
 from perdure.schemas.common import Cause, ErrorInfo, Policy, Usage
-from perdure.schemas.records import Json, record
+from perdure.schemas.records import Json, record, shared
 
 
-@dataclass(frozen=True, kw_only=True)
+@shared
 class TaskEvent:
     """What every event of a task says."""
 
@@ -25,7 +25,7 @@ class TaskEvent:
     feature_level: A[int, "Feature level it was decided at."]
 
 
-@dataclass(frozen=True, kw_only=True)
+@shared
 class PartitionEvent:
     """What every event of a partition says."""
 

@@ -12,7 +12,7 @@ from typing import Any
 import fastavro
 import pytest
 
-from perdure.schemas.common import Retry
+from perdure.schemas.common import Cause, Retry
 from perdure.schemas.records import Json, avro_schema, field_types, record, registered
 from tests.unit.schemas.building import ALL, name_of
 
@@ -86,6 +86,38 @@ def test_a_record_cannot_be_changed() -> None:
     retry = Retry()
     with pytest.raises(dataclasses.FrozenInstanceError):
         retry.max_attempts = 5  # type: ignore[misc]
+
+
+def test_a_record_is_made_of_its_fields_by_name() -> None:
+    with pytest.raises(TypeError, match=r"^Whole lacks text$"):
+        Whole()  # type: ignore[call-arg]
+    with pytest.raises(TypeError, match=r"^Retry has no colour$"):
+        Retry(colour="red")  # type: ignore[call-arg]
+    with pytest.raises(TypeError, match=r"^Cause lacks offset, partition and has no part$"):
+        Cause(part=1)  # type: ignore[call-arg]
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        del Retry().delay
+
+
+def test_records_are_equal_by_class_and_fields() -> None:
+    cause = Cause(partition=1, offset=2)
+    assert cause == Cause(offset=2, partition=1, index=None)
+    assert hash(cause) == hash(Cause(offset=2, partition=1))
+    assert cause != Cause(partition=1, offset=3)
+    assert cause != Retry()
+    assert repr(cause) == "Cause(partition=1, offset=2, index=None, command_id=None)"
+
+
+def test_each_record_has_a_default_of_its_own() -> None:
+    @record("tests")
+    class Holder:
+        """Has a list."""
+
+        items: A[list[str], "Some."] = dataclasses.field(default_factory=list)
+
+    assert Holder().items == Holder().items == []
+    assert Holder().items is not Holder().items
+    assert Holder(items=["x"]).items == ["x"]
 
 
 def test_a_field_needs_a_type_that_avro_has_and_exactly_one_text() -> None:
