@@ -32,8 +32,9 @@ if TYPE_CHECKING:
 _ACK_S = 15.0
 _VERDICT_S = limits.VERDICT_MS / 1000
 _SHOWN_IDS = 5
-_CONSUMER = {"fetch.wait.max.ms": "50"}
-"""A new consumer's first fetch covers only the partitions that it knows by then; the others wait until it returns."""
+_KAFKA = {"fetch.wait.max.ms": "50", "linger.ms": "1"}
+"""A new consumer's first fetch covers only the partitions that it knows by then; the others wait until it returns. What
+is sent waits a moment for what other threads send: with 16 of them that is 16 % more tasks a second, for 1 ms each."""
 
 
 class Client:
@@ -253,7 +254,7 @@ class Client:
         bootstrap = settings.require_bootstrap()
         from perdure.streams.kafka_log import KafkaLog
 
-        log = KafkaLog(bootstrap, settings.namespace, options=_CONSUMER | settings.kafka)
+        log = KafkaLog(bootstrap, settings.namespace, options=_KAFKA | settings.kafka)
         return log, settings.large_values(log.topic_id)
 
 
