@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
@@ -19,6 +21,9 @@ if TYPE_CHECKING:
     from perdure.streams.log import Log
     from perdure.streams.replay import Comparison, Decides, Divergence
     from perdure.streams.snapshots import Snapshots
+
+_SAY_S = 1.0
+"""How often a shadow says how far it is, at most."""
 
 
 @click.command()
@@ -65,7 +70,7 @@ def replay(session: Session, from_: str | None, to: str | None, against: Path | 
         if shadow and run.divergence is None:
             talk(f"equal so far: {run.told()}; following the engine, Ctrl-C ends it")
             try:
-                run.follow({p: until for p, (_, until) in slices.items()})
+                run.follow({p: until for p, (_, until) in slices.items()}, talk)
             except KeyboardInterrupt:
                 talk("")
     return _answer(session, run)
@@ -150,11 +155,19 @@ class Run:
         if start < until:
             replay(self._log, decider, comparison, start, until)
 
-    def follow(self, positions: dict[int, int]) -> None:
-        """Compare what the engine goes on to do, until there is a difference or an interrupt."""
+    def follow(self, positions: dict[int, int], say: Callable[[str], None]) -> None:
+        """Compare what the engine goes on to do, and say how far, until there is a difference or an interrupt."""
         from perdure.streams.replay import follow
 
-        follow(self._log, self._deciders, self.comparisons, positions)
+        said, due = self.told(), time.monotonic() + _SAY_S
+
+        def looked() -> None:
+            nonlocal said, due
+            if time.monotonic() >= due and self.told() != said:
+                said, due = self.told(), time.monotonic() + _SAY_S
+                say(f"equal so far: {said}")
+
+        follow(self._log, self._deciders, self.comparisons, positions, looked)
 
     def told(self) -> str:
         """What was equal."""

@@ -7,7 +7,7 @@ of task-events will not do: sessions, beats and latest progress are in no event,
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
@@ -192,11 +192,16 @@ def replay(log: Log, decider: Decides, comparison: Comparison, first: int, until
 
 
 def follow(
-    log: Log, deciders: Mapping[int, Decides], comparisons: Mapping[int, Comparison], positions: Mapping[int, int]
+    log: Log,
+    deciders: Mapping[int, Decides],
+    comparisons: Mapping[int, Comparison],
+    positions: Mapping[int, int],
+    looked: Callable[[], None] = lambda: None,
 ) -> None:
     """Decide what comes behind `positions` (next input by partition) as the engine does, until something differs.
 
     Blocks for ever otherwise; an interrupt ends it. The comparisons have seen every event of the inputs before.
+    `looked`: called after each look at the log, several times a second.
     """
     inputs, logged = log.reader(committed=False), log.reader()
     try:
@@ -214,6 +219,7 @@ def follow(
                 comparisons[p].replayed(deciders[p].decide([(record, record.offset in unread[p])]), 1)
             for record in logged.read(BATCH, 0.1):
                 comparisons[record.partition].logged(record.offset, record.value or b"")
+            looked()
     finally:
         inputs.close()
         logged.close()
