@@ -64,7 +64,9 @@ class CheckpointStore(Protocol):
 def prune(store: CheckpointStore, task_id: str, recorded: int) -> None:
     """Delete what the recorded version `recorded` has made unnecessary: all but the `KEPT` newest up to it.
 
-    Versions count without gaps, so these are the newest recorded ones; leftovers of stale attempts go with theirs.
+    Recorded is what the engine says is. A report that is in the log may come after the end of its grant; then the next
+    one resumes from the version before it. Versions count without gaps, so these are the newest recorded ones;
+    leftovers of stale attempts go with theirs.
     """
     for kept in store.list(task_id):
         if kept.version <= recorded - KEPT:

@@ -77,7 +77,7 @@ class Attempt:
         self.milestones = list(grant.milestones)
         self._progress: dict[str, Any] = {}
         self._doing = ""
-        self._version = grant.checkpoint.version if grant.checkpoint else 0
+        self._version = self._accepted = grant.checkpoint.version if grant.checkpoint else 0
         self._kept = NOTHING
         self._elapsed_before = 0.0
         self._began = self._saved_at = self._last_save_ms = self._cpu_before = 0.0
@@ -94,6 +94,8 @@ class Attempt:
             self.exchange.acknowledge(frame.number)
         elif isinstance(frame, channel.Page):
             self._recorded.add(codec.decode_as(StepPage, frame.page))
+        elif isinstance(frame, channel.Accepted):
+            self._accepted = max(self._accepted, frame.version)
         else:
             self._stops = self._stops - {frame.why} if frame.undo else self._stops | {frame.why}
             self._stop = max(self._stops, key=PRECEDENCE.index, default="")
@@ -395,7 +397,7 @@ class Attempt:
         return self._clock.monotonic_ms() - self._saved_at >= interval
 
     def _save(self, *, always: bool = False) -> Flow[None]:
-        """Save a checkpoint and wait until it is recorded; skipped if nothing is new and not `always`."""
+        """Save a checkpoint and wait until it is in the log; skipped if nothing is new and not `always`."""
         began = self._clock.monotonic_ms()
         text, digest = self._captured()
         if always or digest != self._kept:
@@ -407,7 +409,7 @@ class Attempt:
             )
             yield self.exchange.acked(number)
             self._version, self._kept = version, digest
-            yield Call(checkpoints.prune, (self._store, self.grant.task_id, version), blocking=True)
+            yield Call(checkpoints.prune, (self._store, self.grant.task_id, self._accepted), blocking=True)
         self._saved_at = self._clock.monotonic_ms()
 
     def _captured(self) -> tuple[tuple[bytes, ...], bytes]:

@@ -49,6 +49,14 @@ class Ack(Frame, tag=True):
     number: int
 
 
+class Accepted(Frame, tag=True):
+    """A checkpoint of this attempt is recorded: a resume needs no older one."""
+
+    task_id: str
+    epoch: int
+    version: int
+
+
 class Stop(Frame, tag=True):
     """Stop at the next boundary. `why`: paused, cancelled, timed_out or drained. `undo`: it does not hold any more."""
 
@@ -195,7 +203,7 @@ class Idle(Frame, tag=True):
     """The child is ready for another attempt."""
 
 
-ToChild = Run | Page | Ack | Stop | Exit
+ToChild = Run | Page | Ack | Accepted | Stop | Exit
 FromChild = (
     Hello | Started | Step | Progress | Milestone | Checkpoint | WantSteps | Completed | Failed | Stopped | Line | Idle
 )

@@ -22,7 +22,7 @@ from perdure.reporter import EndReport, LastFrame, Reporter, Said, end_report_of
 from perdure.schemas import codec
 from perdure.schemas.common import Usage
 from perdure.schemas.errors import InfrastructureError
-from perdure.schemas.inbox import CancelAttempt, PauseAttempt, RunAttempt, StepPage
+from perdure.schemas.inbox import CancelAttempt, CheckpointAccepted, PauseAttempt, RunAttempt, StepPage
 from perdure.schemas.public import LogLine
 from perdure.schemas.reports import (
     AttemptCrashed,
@@ -187,6 +187,12 @@ class Slots:
         elif attempt.child is not None:
             attempt.stop = ""
             attempt.child.link.send(channel.Stop(*attempt.key, "paused", undo=True))
+
+    def accepted(self, told: CheckpointAccepted) -> None:
+        """Let an attempt know that a checkpoint of it is recorded."""
+        attempt = self._attempts.get((told.task_id, told.epoch))
+        if attempt is not None and attempt.child is not None:
+            attempt.child.link.send(channel.Accepted(*attempt.key, told.version))
 
     def cancel(self, order: CancelAttempt) -> None:
         """Stop an attempt for good: cooperatively, then by SIGTERM, then by SIGKILL."""

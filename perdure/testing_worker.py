@@ -24,9 +24,10 @@ from perdure.connectors.large_values import LargeValues
 from perdure.lending import share_out
 from perdure.reporter import PROGRESS_MS, Reporter, end_report_of, report_of
 from perdure.schemas import codec, topics
+from perdure.schemas.commands import HEARS_CHECKPOINTS
 from perdure.schemas.common import Usage
 from perdure.schemas.errors import InvalidRequest
-from perdure.schemas.inbox import CancelAttempt, PauseAttempt, RevokeAttempt, RunAttempt, StepPage
+from perdure.schemas.inbox import CancelAttempt, CheckpointAccepted, PauseAttempt, RevokeAttempt, RunAttempt, StepPage
 from perdure.schemas.public import LogLine
 from perdure.schemas.reports import AttemptCrashed, AttemptStopped, ReportProgress
 from perdure.session import Lane, Session, Sessions, routing_by_partition
@@ -217,7 +218,7 @@ class InlineWorker:
         self._logs = log.producer()
         producer = log.producer()
         self.reporter = Reporter(producer, signer, "kit", clock)
-        self._sessions = Sessions(producer, signer, self.reporter.release)
+        self._sessions = Sessions(producer, signer, self.reporter.release, {HEARS_CHECKPOINTS: "yes"})
         self._attempts: dict[tuple[str, int], InlineAttempt] = {}
         self._dropped = dropped
         self._reader = log.reader()
@@ -345,6 +346,8 @@ class InlineWorker:
         match message:
             case StepPage():
                 attempt.put(channel.Page(*attempt.key, codec.encode(message)))
+            case CheckpointAccepted():
+                attempt.put(channel.Accepted(*attempt.key, message.version))
             case PauseAttempt(undo=True):
                 if attempt.stop == "paused":
                     attempt.stop = ""

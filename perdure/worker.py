@@ -36,10 +36,11 @@ from perdure.forkserver import ForkServer, Loaded
 from perdure.lending import share_out
 from perdure.reporter import Reporter
 from perdure.schemas import codec, topics
-from perdure.schemas.commands import CHECKPOINT_STORE
+from perdure.schemas.commands import CHECKPOINT_STORE, HEARS_CHECKPOINTS
 from perdure.schemas.errors import ConfigurationError
 from perdure.schemas.inbox import (
     CancelAttempt,
+    CheckpointAccepted,
     EndSession,
     InboxRecord,
     PauseAttempt,
@@ -168,7 +169,8 @@ class Worker:
         signer = self._keys.newest_worker()
         self._reporter = Reporter(self._producer, signer, name, _clock)
         store = store_id(self._checkpoints)
-        self._sessions = Sessions(self._producer, signer, self._reporter.release, {CHECKPOINT_STORE: store})
+        labels = {CHECKPOINT_STORE: store, HEARS_CHECKPOINTS: "yes"}
+        self._sessions = Sessions(self._producer, signer, self._reporter.release, labels)
         machine = Machine(name, self._checkpoints, store, self._log.partitions)
         self._logs = LogWriter(self._log.producer(), machine, self._fail)
         self._logs.start()
@@ -287,6 +289,8 @@ class Worker:
                 self._slots.pause(message)
             case CancelAttempt():
                 self._slots.cancel(message)
+            case CheckpointAccepted():
+                self._slots.accepted(message)
             case RevokeAttempt():
                 self._slots.revoke(message.task_id, message.epoch)
             case EndSession():

@@ -231,6 +231,8 @@ class WorkerStopping:
 
 CHECKPOINT_STORE = "checkpoint_store"
 """Label of a worker: the id found in its checkpoint directory, equal where workers share one."""
+HEARS_CHECKPOINTS = "hears_checkpoints"
+"""Label of a worker that wants to be told which checkpoints are recorded (`CheckpointAccepted`); with any value."""
 
 Control = PauseTask | ResumeTask | CancelTask | RetryTask | DiscardDeadLetter
 Query = DescribeTask | AwaitTask | FindTasks

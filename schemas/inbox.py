@@ -93,7 +93,21 @@ class EndSession:
     why: A[str, "superseded or expired."]
 
 
-InboxRecord = RunAttempt | StepPage | PauseAttempt | CancelAttempt | RevokeAttempt | EndSession
+@record("inbox")
+class CheckpointAccepted:
+    """A checkpoint is recorded, so a resume needs no older one. Said to sessions that ask for it (`HEARS_CHECKPOINTS`).
+
+    That a report is in the log does not mean so: the grant may have been lost before it.
+    """
+
+    worker_id: A[str, "The worker."]
+    session: A[str, "Its session."]
+    task_id: A[str, "The task."]
+    epoch: A[int, "The grant."]
+    version: A[int, "The checkpoint's version."]
+
+
+InboxRecord = RunAttempt | StepPage | PauseAttempt | CancelAttempt | RevokeAttempt | EndSession | CheckpointAccepted
 
 
 @record("replies")

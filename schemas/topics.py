@@ -34,7 +34,7 @@ def _deleted_after(days: float, **more: str) -> dict[str, str]:
 
 
 def _compacted(**more: str) -> dict[str, str]:
-    return _with_size({"cleanup.policy": "compact"} | _dots(more))
+    return _with_size({"cleanup.policy": "compact", "delete.retention.ms": str(DAY_MS)} | _dots(more))
 
 
 def _with_size(settings: dict[str, str]) -> dict[str, str]:

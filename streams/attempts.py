@@ -14,6 +14,7 @@ import msgspec
 
 from perdure.schemas import events, inbox, limits, references, reports
 from perdure.schemas.codec import replace
+from perdure.schemas.commands import HEARS_CHECKPOINTS
 from perdure.schemas.common import ErrorInfo, Usage
 from perdure.schemas.errors import DecodeError
 from perdure.schemas.events import ProgressReported
@@ -256,12 +257,18 @@ def _may_rerun(s: State, task_id: str, known: Step, report: reports.ReportStep) 
 
 
 def _checkpoint(s: State, m: Moment, task_id: str, report: reports.ReportCheckpoint) -> Outputs:
-    before = s.known(task_id).checkpoint
+    t = s.known(task_id)
+    before = t.checkpoint
     unfinished = before is None or s.get(tables.MARKS, RETIRING + task_id.encode()) is not None
     yield events.CheckpointRecorded(
-        **of_task(s, m, task_id), epoch=s.known(task_id).epoch, version=report.version, uri=report.uri,
-        sha256=report.sha256, size=report.size, positions=report.positions,
+        **of_task(s, m, task_id), epoch=t.epoch, version=report.version, uri=report.uri, sha256=report.sha256,
+        size=report.size, positions=report.positions,
     )  # fmt: skip
+    session = s.sessions.get(t.session)
+    if session is not None and HEARS_CHECKPOINTS in session.labels:
+        yield ToWorker(inbox.CheckpointAccepted(
+            worker_id=t.worker_id, session=t.session, task_id=task_id, epoch=t.epoch, version=report.version
+        ))  # fmt: skip
     yield from retire_steps(s, m, task_id, {} if before is None or unfinished else before.positions)
 
 

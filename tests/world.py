@@ -319,6 +319,7 @@ class ScriptedWorker:
     ) -> None:
         self.world, self.worker_id, self.queues, self.slots = world, worker_id, queues, slots
         self.types = {"noop": 0} if types is None else dict(types)
+        self.labels: dict[str, str] = {}
         self.session = session or f"s{world.new_id('')!s:0>6}"
         self.partition = ids.partition_of(queues[0], world.partitions)
         self.beating, self.beat_due = beating, world.now
@@ -340,8 +341,9 @@ class ScriptedWorker:
     def started(self) -> commands.WorkerStarted:
         """The session's announcement."""
         return commands.WorkerStarted(
-            session=self.session, worker_id=self.worker_id, types=self.types, queues=list(self.queues), slots=self.slots
-        )
+            session=self.session, worker_id=self.worker_id, types=self.types, queues=list(self.queues),
+            slots=self.slots, labels=self.labels,
+        )  # fmt: skip
 
     def beat(self, grants_seen: int | None = None) -> None:
         """Say that the session lives, and which grants it has read (all, if not told)."""

@@ -41,6 +41,17 @@ def _file(witness: str, task_id: str, number: int, seconds: float) -> int:
 
 
 @task(queue=QUEUE)
+def saved(ctx: Context, gates: str, count: int) -> int:
+    """A checkpoint whenever the test opens the next gate."""
+    for version in range(1, count + 1):
+        while not (Path(gates) / str(version)).exists():
+            time.sleep(0.01)
+        ctx.state["version"] = version
+        ctx.checkpoint()
+    return count
+
+
+@task(queue=QUEUE)
 def gated(ctx: Context, witness: str, gate: str) -> int:
     """One step that ends when the test opens the gate; the epoch that recorded it."""
     return int(ctx.step("gate", _gate, witness, ctx.task_id, ctx.epoch, gate))

@@ -136,6 +136,8 @@ class Simulator:
         self.plans: dict[str, Plan] = {}
         self.failures: dict[str, int] = defaultdict(int)
         self.grants: dict[str, int] = defaultdict(int)
+        self.checkpoints: dict[str, set[int]] = defaultdict(set)
+        """Task id -> versions in its store."""
         self.asked: dict[str, str] = {}
         """Command id -> task id of what was sent with a reply wanted."""
         self.workers = [Worker(self, f"w{n}") for n in range(draw.choice((1, 2, 2)))]

@@ -85,8 +85,11 @@ class Attempt:
         self.next, self.seq, self.stop, self.over = 0, 0, "", False
         self.eager = self.sim.draw.random() < 0.2
         """Whether it goes on while its last report is not acknowledged, as concurrent steps do."""
+        self.accepted = 0
+        """The newest checkpoint that the engine has said to be recorded."""
         if grant.checkpoint is not None:
-            self.next = grant.checkpoint.positions["items"]
+            self.accepted, self.next = grant.checkpoint.version, grant.checkpoint.positions["items"]
+            assert self.accepted in self.sim.checkpoints[grant.task_id], f"{grant.task_id} resumes from what is deleted"
 
     def say(self, *said: Any, then: Callable[[], None] = lambda: None) -> None:
         """Report; `then` when the report is acknowledged. One that cannot be written costs the attempt."""
@@ -143,11 +146,17 @@ class Attempt:
         self.next += 1
         if self.next % 4 == 0:
             version = 1 + (self.grant.checkpoint.version if self.grant.checkpoint else 0) + self.next
+            self._save(version)
             said += [checkpoint(version, items=self.next), milestone(f"at {self.next}")]
         if self.eager or not said:
             self.soon(self.plan.step_ms)
         if said:
             self.say(*said, then=(lambda: None) if self.eager else (lambda: self.soon(self.plan.step_ms)))
+
+    def _save(self, version: int) -> None:
+        """Put a checkpoint into the store, and delete what is said to be needed no more."""
+        store = self.sim.checkpoints
+        store[self.grant.task_id] = {v for v in store[self.grant.task_id] if v >= self.accepted} | {version}
 
     def take_page(self, page: inbox.StepPage) -> None:
         self.known |= {s.step_id: s.result for s in page.steps}
@@ -168,6 +177,7 @@ class Session:
         queues = [q for q, p in self.sim.queues.items() if p == partition]
         self.send(commands.WorkerStarted(
             session=self.id, worker_id=worker.name, types=dict(self.sim.versions), queues=queues, slots=2,
+            labels={commands.HEARS_CHECKPOINTS: "yes"},
         ))  # fmt: skip
         self.beat()
 
@@ -224,6 +234,8 @@ class Session:
                 return
             case inbox.StepPage():
                 attempt.take_page(message)
+            case inbox.CheckpointAccepted():
+                attempt.accepted = max(attempt.accepted, message.version)
             case inbox.PauseAttempt():
                 attempt.stop = "" if message.undo else "paused"
             case inbox.CancelAttempt():

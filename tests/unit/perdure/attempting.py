@@ -95,6 +95,8 @@ class Engine:
         self.epoch = 0
         self.pages_sent = 0
         self.acknowledges = True
+        self.accepts = True
+        """Whether it says which checkpoints are recorded."""
         self.more: dict[str, Any] = {}
 
     def attempt(self, value: Any = None, carried: bytes | None = None) -> tuple[Attempt, Way]:
@@ -135,6 +137,8 @@ class Engine:
             self.milestones.append(frame.name)
         elif isinstance(frame, channel.Checkpoint):
             self._checkpoint(frame)
+            if self.accepts:
+                told.append(channel.Accepted(TASK, self.epoch, frame.version))
         elif isinstance(frame, channel.WantSteps):
             told.append(self._page(frame.after))
         if self.acknowledges and hasattr(frame, "number"):

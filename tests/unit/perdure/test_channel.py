@@ -2,10 +2,10 @@ from __future__ import annotations
 
 import pytest
 
-from perdure.channel import FRAME_MAX, Ack, Exit, Stop, Unpacker, pack
+from perdure.channel import FRAME_MAX, Accepted, Ack, Exit, Stop, Unpacker, pack
 from perdure.schemas.errors import InfrastructureError
 
-FRAMES = [Ack("etl/1", 1, 5), Stop("etl/ü", 2, "paused", "r" * 300), Exit()]
+FRAMES = [Ack("etl/1", 1, 5), Accepted("etl/1", 1, 7), Stop("etl/ü", 2, "paused", "r" * 300), Exit()]
 BYTES = b"".join(map(pack, FRAMES))
 
 

@@ -10,7 +10,7 @@ import pytest
 from perdure import channel
 from perdure.children import KillLadder, kill_ladder
 from perdure.schemas import codec
-from perdure.schemas.inbox import RunAttempt, StepPage
+from perdure.schemas.inbox import CheckpointAccepted, RunAttempt, StepPage
 from perdure.schemas.reports import (
     AttemptCompleted,
     AttemptCrashed,
@@ -198,6 +198,14 @@ def test_a_revoked_attempt_is_killed_and_nothing_is_said(bench: Bench) -> None:
     bench.turn()
     assert bench.reported() == {TASK: ["AttemptStarted"]}
     bench.slots.revoke(TASK, 1)
+
+
+def test_what_is_recorded_of_checkpoints_is_passed_on(bench: Bench) -> None:
+    bench.ready()
+    child = bench.begin()
+    for task_id, epoch in ((TASK, 1), (TASK, 2), ("etl/9", 1)):
+        bench.slots.accepted(CheckpointAccepted(worker_id="w", session="s", task_id=task_id, epoch=epoch, version=7))
+    assert child.heard() == [channel.Accepted(TASK, 1, 7)]
 
 
 def test_pause_is_passed_on_and_may_be_undone(bench: Bench) -> None:

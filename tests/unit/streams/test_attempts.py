@@ -330,6 +330,26 @@ def test_checkpoints_go_forward_only() -> None:
     assert scene.why_rejected() == ["illegal", "illegal"]
 
 
+@pytest.mark.parametrize("hears", [True, False])
+def test_a_worker_that_asks_for_it_is_told_which_checkpoints_are_recorded(hears: bool) -> None:
+    world = World(types={"noop": {}})
+    worker = ScriptedWorker(world, slots=1)
+    worker.labels = {commands.HEARS_CHECKPOINTS: "yes"} if hears else {}
+    worker.start()
+    task_id = world.submit()
+    grant = worker.grant()
+    worker.report(grant, begun(), checkpoint(1), checkpoint(1), checkpoint(2))
+    told = world.inbox(worker.session, inbox.CheckpointAccepted)
+    assert [(t.worker_id, t.task_id, t.epoch, t.version) for t in told] == (
+        [("w1", task_id, 1, 1), ("w1", task_id, 1, 2)] if hears else []
+    )
+    newer = worker.restart()  # the grant is over, and its worker does not know it yet
+    worker.report(grant, checkpoint(3))
+    assert world.inbox(worker.session, inbox.CheckpointAccepted) == told
+    assert newer.grant().checkpoint is not None
+    assert newer.grant().checkpoint.version == 2
+
+
 # Sizes and values that no sound worker sends -------------------------------------------------------------------------
 
 
