@@ -216,6 +216,9 @@ def broker_settings(identity: Identity, kafka_logs: Path) -> dict[str, str]:
         # load that takes long may also lose the groups (`lost_groups`). 1 MB is the least that Kafka takes.
         "offsets.topic.segment.bytes": str(1024 * 1024),
         "transaction.state.log.segment.bytes": str(1024 * 1024),
+        # Each transaction that sends offsets leaves a marker beside them, which outlives compaction for so long: with
+        # Kafka's day a coordinator reads millions. The topics of Perdure say for themselves how long they keep theirs.
+        "log.cleaner.delete.retention.ms": "60000",
         "share.coordinator.state.topic.replication.factor": "1",
         "share.coordinator.state.topic.min.isr": "1",
         "share.coordinator.state.topic.num.partitions": "1",

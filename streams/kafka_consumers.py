@@ -198,6 +198,7 @@ class KafkaMember(_Consuming):
         self._consumer = Consumer(log.config(_CONSUMER, _gathering(gather_ms), own))
         self._on_assigned, self._on_revoked = on_assigned, on_revoked
         self._asked: deque[Callable[[], Any]] = deque()
+        self._at_assignment: dict[Where, int | None] = {}
         self._metadata: Any = None
         self._owner = 0
         self._consumer.subscribe(
@@ -228,7 +229,10 @@ class KafkaMember(_Consuming):
         return found
 
     def committed(self, wanted: Iterable[Where], *, settled: bool = True) -> dict[Where, int | None]:
-        return committed(self._log, self.group, wanted, settled=settled)
+        where, known = list(wanted), self._at_assignment.copy()
+        if not settled and known.keys() >= set(where):
+            return {w: known[w] for w in where}  # since then only this member has moved them
+        return committed(self._log, self.group, where, settled=settled)
 
     def tell(self, reached: Mapping[Where, int]) -> None:
         offsets = [TopicPartition(self._log.prefix + t, p, o) for (t, p), o in reached.items()]
@@ -264,9 +268,13 @@ class KafkaMember(_Consuming):
         # Where the group has no position the log's first record is meant; anything else out of range is an error.
         # A killed member's transaction may be open still: only its successor, who comes after this, puts an end to it.
         where = [(self._log.plain(p.topic), p.partition) for p in partitions]
-        known = committed(self._log, self.group, where, settled=False)
+        try:
+            known = committed(self._log, self.group, where, settled=False)
+        except Unreachable:
+            known = {}  # who gets the partition asks again, patiently, and seeks before it reads
+        self._at_assignment |= known
         for p in partitions:
-            offset = known[self._log.plain(p.topic), p.partition]
+            offset = known.get((self._log.plain(p.topic), p.partition))
             p.offset = OFFSET_BEGINNING if offset is None else offset
         consumer.assign(partitions)
         self._on_assigned([(self._log.plain(p.topic), p.partition) for p in partitions])
@@ -279,5 +287,6 @@ class KafkaMember(_Consuming):
 
     def _taken_away(self, consumer: Consumer, partitions: list[TopicPartition], lost: bool) -> None:
         self._on_revoked([(self._log.plain(p.topic), p.partition) for p in partitions], lost)
+        self._at_assignment.clear()
         self._asked.clear()  # by those who had the partitions, always all of them: a seek would now be an error
         consumer.unassign()
