@@ -88,10 +88,10 @@ def find(s: State, command: ForOneTask) -> str | int | list[int]:
     here = find_local(s, command.task_id)
     if here is not None:
         return here
-    candidates = {ids.partition_of(key, s.partitions) for key in s.routing_keys()}
-    if head and ids.is_routing_key(head):
-        candidates.add(partition_of(s, command.task_id))
-    return sorted(candidates - {s.partition})
+    # The id's own partition comes first: its submit goes there too, and only on one way do commands keep their order.
+    own = [partition_of(s, command.task_id)] if head and ids.is_routing_key(head) else []
+    others = {ids.partition_of(key, s.partitions) for key in s.routing_keys()} - set(own)
+    return [p for p in (*own, *sorted(others)) if p != s.partition]
 
 
 def find_local(s: State, local_id: str) -> str | None:
