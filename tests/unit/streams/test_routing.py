@@ -68,7 +68,7 @@ def test_commands_for_a_task_of_an_unknown_queue_take_the_way_that_its_submit_to
         world = World(partitions=4)
         task_id = f"{elsewhere(home, 4)}/t"
         origin = next(p for p in range(4) if p not in (home, default))
-        world.json(origin, command="SubmitTask", type="noop", task_id=task_id)
+        world.json(origin, command="SubmitTask", type="unheard", task_id=task_id)
         world.json(origin, command="PauseTask", task_id=task_id)
         ways = [(e.cause.partition, e.target) for e in world.of_kind(events.ForwardQueued)]
         assert ways == [(origin, home)] * 2
