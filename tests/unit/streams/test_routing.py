@@ -61,18 +61,15 @@ def test_commands_of_one_origin_keep_their_order() -> None:
     assert {world.task(f"default/t{n}").state for n in range(30)} == {"CANCELLED"}
 
 
-def test_commands_for_a_task_of_an_unknown_queue_take_the_way_that_its_submit_took() -> None:
+@pytest.mark.parametrize("queue", ["queue1", "queue4", "queue6"])
+def test_commands_for_a_task_of_an_unknown_queue_take_the_way_that_its_submit_took(queue: str) -> None:
     """Two ways keep no order between them: what overtakes a submit is told that there is no such task."""
-    default = ids.partition_of("default", 4)
-    for home in set(range(4)) - {default}:
-        world = World(partitions=4)
-        task_id = f"{elsewhere(home, 4)}/t"
-        origin = next(p for p in range(4) if p not in (home, default))
-        world.json(origin, command="SubmitTask", type="unheard", task_id=task_id)
-        world.json(origin, command="PauseTask", task_id=task_id)
-        ways = [(e.cause.partition, e.target) for e in world.of_kind(events.ForwardQueued)]
-        assert ways == [(origin, home)] * 2
-        assert world.task(task_id).state == "PAUSED"
+    world = World(partitions=8)
+    origin, home = 2, ids.partition_of(queue, 8)
+    world.json(origin, command="SubmitTask", type="unheard", task_id=f"{queue}/t")
+    world.json(origin, command="PauseTask", task_id=f"{queue}/t")
+    assert [(e.cause.partition, e.target) for e in world.of_kind(events.ForwardQueued)] == [(origin, home)] * 2
+    assert world.task(f"{queue}/t").state == "PAUSED"
 
 
 # Repeats, disorder, loss, forgery -----------------------------------------------------------------------------------
