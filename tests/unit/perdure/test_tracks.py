@@ -181,26 +181,21 @@ def test_a_checkpoint_is_saved_before_it_is_told_and_awaited() -> None:
     assert failure_of(way).error_types[0].endswith("Outage")
 
 
-def test_only_the_newest_checkpoints_are_kept() -> None:
-    def job(ctx: Context) -> None:
-        for i in range(6):
-            ctx.state["i"] = i
-            ctx.checkpoint()
+def _saves_six(ctx: Context) -> None:
+    for i in range(6):
+        ctx.state["i"] = i
+        ctx.checkpoint()
 
-    engine = engine_for(job)
+
+def test_only_the_newest_checkpoints_are_kept() -> None:
+    engine = engine_for(_saves_six)
     engine.run()
     assert [kept.version for kept in engine.store.list(TASK)] == [4, 5, 6]
 
 
 def test_no_checkpoint_goes_before_the_engine_says_that_a_newer_one_is_recorded() -> None:
     """The reports may be in the log behind the end of the grant: the next one then resumes from the first."""
-
-    def job(ctx: Context) -> None:
-        for i in range(6):
-            ctx.state["i"] = i
-            ctx.checkpoint()
-
-    engine = engine_for(job)
+    engine = engine_for(_saves_six)
     engine.run()
     engine.accepts = False
     engine.run()
