@@ -37,7 +37,7 @@ class EngineBench:
         self.keys = Keys.generate()
         self.keys.save(folder / "keys.json")
         self.producer = self.log.producer()
-        settings = Settings.model_construct(
+        settings = Settings(
             bootstrap=bootstrap, namespace=prefix, keys_file=folder / "keys.json", state_dir=folder / "state",
             data_dir=folder,
         )  # fmt: skip

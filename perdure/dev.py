@@ -32,7 +32,7 @@ from perdure.connectors.embedded_kafka import EmbeddedKafka
 from perdure.schemas import codec, topics
 from perdure.schemas.errors import ConfigurationError, DecodeError, InfrastructureError, Unreachable
 from perdure.schemas.public import WorkerMetrics
-from perdure.settings import DevStack, Settings, dev_blobs, dev_file, shared_keys
+from perdure.settings import SETTINGS, DevStack, Settings, dev_blobs, dev_file, shared_keys
 from perdure.streams.kafka_log import KafkaLog
 from perdure.streams.log import Reader
 from perdure.streams.topology import create_topics
@@ -170,9 +170,9 @@ class Stack:
 
     def _environment(self, stack: DevStack) -> dict[str, str]:
         """The environment of every process: this stack's addresses, and none of another broker's settings."""
-        ours = {f"PERDURE_{name.upper()}" for name in Settings.model_fields}
+        ours = {f"PERDURE_{name.upper()}" for name in SETTINGS}
         kept = {n: v for n, v in os.environ.items() if n not in ours and not n.startswith("PERDURE_KAFKA__")}
-        settings = Settings.model_construct(
+        settings = Settings(
             bootstrap=stack.bootstrap,
             api=stack.api,
             namespace=self.namespace,

@@ -12,13 +12,12 @@ import json
 import os
 import tomllib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import msgspec
 import psutil
-from pydantic import Field, ValidationError, field_validator
-from pydantic_settings import BaseSettings, InitSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
 
 from perdure.connectors.large_values import LargeValues, Place
 from perdure.schemas import topics
@@ -41,22 +40,21 @@ class DevStack:
     keys_file: Path
 
 
-class Settings(BaseSettings):
+@dataclass(frozen=True, kw_only=True)
+class Settings:
     """Where the namespace is and how to reach it."""
-
-    model_config = SettingsConfigDict(env_prefix=_PREFIX, extra="forbid", frozen=True)
 
     bootstrap: str | None = None
     """Kafka's bootstrap servers: host:port, separated by commas."""
     api: str | None = None
     """Address of the HTTP API: http://host:port."""
-    api_token: str | None = Field(default=None, repr=False)
+    api_token: str | None = field(default=None, repr=False)
     """Bearer token of the HTTP API."""
-    namespace: str = Field(default="perdure.", pattern=r"^[a-zA-Z0-9._-]{0,100}$")
+    namespace: Annotated[str, msgspec.Meta(pattern=r"^[a-zA-Z0-9._-]{0,100}$")] = "perdure."
     """What the names of all topics begin with."""
     keys_file: Path | None = None
     """File of the worker and engine keys."""
-    data_dir: Path = Field(default_factory=lambda: nearest_data_dir(Path.cwd()))
+    data_dir: Path = field(default_factory=lambda: nearest_data_dir(Path.cwd()))
     """Where a dev stack keeps its data."""
     state_dir: Path | None = None
     """Where engines and workers keep what outlives their processes; none: a directory of the user's."""
@@ -66,51 +64,42 @@ class Settings(BaseSettings):
     """What lies outside of Kafka, for all processes alike: values too large for a record, and the engine's snapshots. A
     directory that all hosts share, s3://bucket/prefix or gs://bucket/prefix; none: every value has to fit into its
     record, and a host without a store reads the whole changelog."""
-    snapshot_rows: int = Field(default=200_000, ge=1)
+    snapshot_rows: Annotated[int, msgspec.Meta(ge=1)] = 200_000
     """After how many changed rows of a partition the engine takes another snapshot of it."""
     standbys: bool = False
     """Whether an engine process keeps warm copies of the partitions that others have, to take them over at once."""
-    kafka: dict[str, str] = Field(default_factory=dict, repr=False)
+    kafka: dict[str, str] = field(default_factory=dict, repr=False)
     """Any librdkafka option, such as security.protocol."""
-
-    @field_validator("api")
-    @classmethod
-    def _without_slash(cls, value: str | None) -> str | None:
-        return value.rstrip("/") if value else value
 
     @classmethod
     def load(cls, **flags: Any) -> Settings:
         """The settings that hold here; flags that are None count as not given. Raises `ConfigurationError`."""
+        file = file_settings(Path.cwd())
+        given = file | _environment(os.environ) | {name: value for name, value in flags.items() if value is not None}
+        given["kafka"] = file.get("kafka", {}) | _kafka_environment(os.environ)
+        unknown = sorted(given.keys() - SETTINGS)
+        if unknown:
+            known = ", ".join(sorted(SETTINGS))
+            raise ConfigurationError(f"there is no setting {', '.join(unknown)}; there are {known}")
         try:
-            settings = cls(**{name: value for name, value in flags.items() if value is not None})
-        except ValidationError as error:
-            raise ConfigurationError("; ".join(_explain(e) for e in error.errors(include_input=False))) from error
+            settings = msgspec.convert(given, cls, strict=False, dec_hook=_path)
+        except msgspec.ValidationError as error:
+            raise ConfigurationError(_explain(error)) from error
+        if settings.api:
+            settings = replace(settings, api=settings.api.rstrip("/"))
         stack = None if settings.bootstrap or settings.api else find_dev_stack(settings.data_dir)
         if stack is None:
             return settings
-        data_dir = stack.data_dir
-        found: dict[str, Any] = {"bootstrap": stack.bootstrap, "api": stack.api, "data_dir": data_dir}
-        found |= {"keys_file": settings.keys_file or stack.keys_file, "blobs": settings.blobs or dev_blobs(data_dir)}
-        return settings.model_copy(update=found)
-
-    @classmethod
-    def settings_customise_sources(
-        cls,
-        settings_cls: type[BaseSettings],
-        init_settings: PydanticBaseSettingsSource,
-        env_settings: PydanticBaseSettingsSource,
-        dotenv_settings: PydanticBaseSettingsSource,  # noqa: ARG003
-        file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003
-    ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """Flags, environment, file; pydantic merges their `kafka` tables option by option."""
-        options = InitSettingsSource(settings_cls, {"kafka": _kafka_environment(os.environ)})
-        return init_settings, options, env_settings, InitSettingsSource(settings_cls, file_settings(Path.cwd()))
+        return replace(
+            settings, bootstrap=stack.bootstrap, api=stack.api, data_dir=stack.data_dir,
+            keys_file=settings.keys_file or stack.keys_file, blobs=settings.blobs or dev_blobs(stack.data_dir),
+        )  # fmt: skip
 
     def environment(self) -> dict[str, str]:
         """These settings as the environment of a child process."""
-        plain = self.model_dump(mode="json", exclude={"kafka"}, exclude_none=True)
+        plain = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "kafka"}
         options = {_KAFKA_PREFIX + name.upper().replace(".", "__"): value for name, value in self.kafka.items()}
-        return {_PREFIX + name.upper(): str(value) for name, value in plain.items()} | options
+        return {_PREFIX + name.upper(): str(value) for name, value in plain.items() if value is not None} | options
 
     def large_values(self, topic_id: Callable[[str], str]) -> LargeValues:
         """The store of values too large for a record, or the lack of one; nothing is asked before its first use."""
@@ -155,6 +144,10 @@ class Settings(BaseSettings):
                 "`perdure keys new FILE`, give it to every engine and worker, and set PERDURE_KEYS_FILE"
             )
         return Keys.load(shared_keys(self.data_dir))
+
+
+SETTINGS = frozenset(f.name for f in fields(Settings))
+"""The names of all settings."""
 
 
 def shared_keys(data_dir: Path) -> Path:
@@ -259,6 +252,12 @@ def _read(path: Path) -> dict[str, Any] | None:
     return content if table is None and path.name == "perdure.toml" else table
 
 
+def _environment(environment: Mapping[str, str]) -> dict[str, str]:
+    """What is set by name; Kafka's options have a way of their own."""
+    names = {_PREFIX + name.upper(): name for name in SETTINGS if name != "kafka"}
+    return {name: environment[variable] for variable, name in names.items() if variable in environment}
+
+
 def _kafka_environment(environment: Mapping[str, str]) -> dict[str, str]:
     """PERDURE_KAFKA__SASL__MECHANISM=PLAIN is the option sasl.mechanism."""
     return {
@@ -279,7 +278,14 @@ def _flattened(table: Mapping[str, Any]) -> dict[str, str]:
     return found
 
 
-def _explain(error: Any) -> str:
-    name = ".".join(map(str, error["loc"]))
-    told = str(error["msg"])
+def _path(kind: type, value: Any) -> Any:
+    """What msgspec has no way of its own for. Raises `ValueError`, which it gives a place."""
+    if kind is Path and isinstance(value, str | Path):
+        return Path(value)
+    raise ValueError(f"Expected a path, got {value!r}")
+
+
+def _explain(error: msgspec.ValidationError) -> str:
+    told, _, place = str(error).partition(" - at `$.")
+    name = place.rstrip("`")
     return f"setting {name!r} ({_PREFIX}{name.upper()}): {told[:1].lower()}{told[1:]}"

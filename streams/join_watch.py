@@ -16,19 +16,20 @@ class JoinWatch:
 
     def __init__(self, group: str, clock: Callable[[], float] = time.monotonic) -> None:
         self._group, self._clock = group, clock
-        self.outside()
+        self._since: float | None = clock()
+        self._said = clock()
 
     def outside(self) -> None:
         """The member belongs to no generation of its group."""
-        self._since: float | None = self._clock()
-        self._said = self._since
+        if self._since is None:
+            self._since = self._said = self._clock()
 
     def inside(self) -> None:
         """The group has dealt out its partitions; this member may have got none."""
         self._since = None
 
-    def look(self) -> None:
-        """Say so, now and then, while the group does not answer."""
+    def look(self) -> bool:
+        """Say so, now and then, while the group does not answer; True if so: a new member may fare better."""
         now = self._clock()
         if self._since is not None and now - self._said >= _SAY_S:
             self._said = now
@@ -38,3 +39,5 @@ class JoinWatch:
                 f"`Failed to load metadata from __consumer_offsets`, or that a coordinator's state machine is `out of "
                 f"sync`, restart that broker"
             )
+            return True
+        return False

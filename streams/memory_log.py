@@ -303,9 +303,9 @@ class MemoryMember(_Reading):
         """The group gives this member partitions; it learns of it at its next read."""
         self._pending.append(("assigned", mine))
 
-    def revoke(self) -> None:
-        """The group takes all partitions back."""
-        self._pending.append(("revoked", []))
+    def revoke(self, *, lost: bool = False) -> None:
+        """The group takes all partitions back, or has given them away (`lost`)."""
+        self._pending.append(("lost" if lost else "revoked", []))
 
     def read(self, max_records: int, timeout_s: float) -> list[Record]:
         self._run_callbacks()
@@ -339,10 +339,10 @@ class MemoryMember(_Reading):
     def _run_callbacks(self) -> None:
         while self._pending:
             kind, mine = self._pending.pop(0)
-            if kind == "revoked":
+            if kind != "assigned":
                 gone, self._positions, self._paused = list(self._positions), {}, set()
                 if gone:
-                    self._on_revoked(gone, False)
+                    self._on_revoked(gone, kind == "lost")
             else:
                 committed = self.committed(mine)
                 self._positions = {w: self._resolve(w, BEGIN if committed[w] is None else committed[w]) for w in mine}  # type: ignore[arg-type]

@@ -43,6 +43,8 @@ _TELL_S = 1.0
 """How often the group is told how far its partitions are, where they know it by themselves."""
 LOG = logging.getLogger("perdure")
 _REJOIN_S = 60.0
+_LEAVE_S = 2.0
+"""How long an old member may take to close before its successor joins, or the process ends, without its end."""
 T = TypeVar("T")
 
 
@@ -88,13 +90,28 @@ class Runner:
         self._paused: set[int] = set()
         self._told: dict[TopicPartition, int] = {}
         self._told_at = time.monotonic()
-        self._join = partial(
-            log.member, kind.name, kind.inputs, instance=instance, committed=committed,
-            gather_ms=kind.gather_ms, on_assigned=self._assigned, on_revoked=self._revoked,
-        )  # fmt: skip
-        self._rejoined = -_REJOIN_S
+        self._new_member = partial(
+            log.member, kind.name, kind.inputs, instance=instance, committed=committed, gather_ms=kind.gather_ms
+        )
+        self._fenced_at = -_REJOIN_S
+        self._put_out = False
         self._joining = JoinWatch(kind.name)
         self.member: Member = self._join()
+
+    def _join(self) -> Member:
+        """A new member, the only one whose word counts from now on."""
+        self._put_out = False
+        self._current = mine = object()
+
+        def on_assigned(partitions: list[TopicPartition]) -> None:
+            if self._current is mine:
+                self._assigned(partitions)
+
+        def on_revoked(partitions: list[TopicPartition], lost: bool) -> None:
+            if self._current is mine:
+                self._revoked(partitions, lost)
+
+        return self._new_member(on_assigned=on_assigned, on_revoked=on_revoked)
 
     def stop(self) -> None:
         """Ask `run` to end: transactions under way are finished first."""
@@ -108,34 +125,48 @@ class Runner:
                     if number in self._lanes:
                         self._lanes[number].hand_over(records)
                 self._balance()
-                self._joining.look()
                 if time.monotonic() - self._told_at >= _TELL_S:
                     self._tell(self._lanes.values())
         finally:
             self._close_lanes(list(self._lanes))
-            self.member.close()
+            self._leave()
         if self._failure is not None:
             raise self._failure
 
     def _read(self) -> list[Record]:
         try:
             opening = not all(lane.ready for lane in self._lanes.values())
-            return self.member.read(limits.BATCH_RECORDS, _OPENING_READ_S if opening else _READ_S)
+            records = self.member.read(limits.BATCH_RECORDS, _OPENING_READ_S if opening else _READ_S)
         except Fenced as error:
             # A broker that stood still may take a member for its own successor. Soon again, it is another process that
             # goes by the same name, and one of the two has to end.
-            if time.monotonic() - self._rejoined < _REJOIN_S:
+            if time.monotonic() - self._fenced_at < _REJOIN_S:
                 raise Fenced(
                     f"{error}. Another process has its name: two hosts work on copies of one state directory. Remove "
                     f"`host-id` from the state directory of one of them, and it gets a name of its own"
                 ) from error
-        self._close_lanes(list(self._lanes))
-        self.member.close()
+            self._fenced_at, self._put_out = time.monotonic(), True
+            records = []
+        overdue = self._joining.look()
+        if self._put_out or overdue:
+            self._rejoin()
+        return records
+
+    def _rejoin(self) -> None:
+        """Go on as a new member. One that has lost its session waits for what it has told its group before, which gets
+        it fenced once it arrives, or never comes to an end (librdkafka 2.16: docs/decisions/0015)."""
+        self._close_lanes(list(self._lanes), tell=False)
         self._paused.clear()
-        self._rejoined = time.monotonic()
         self._joining.outside()
+        self._current = None
+        self._leave()
         self.member = self._join()
-        return []
+
+    def _leave(self) -> None:
+        """Close the member, and go on without its end where that does not come."""
+        leaving = threading.Thread(target=self.member.close, name="leaving", daemon=True)
+        leaving.start()
+        leaving.join(_LEAVE_S)
 
     def fail(self, error: BaseException) -> None:
         """A lane cannot go on."""
@@ -164,22 +195,24 @@ class Runner:
                 self._lanes[number] = Lane(self, number)
         self._stand_by()
 
-    def _revoked(self, partitions: list[TopicPartition], lost: bool) -> None:  # noqa: ARG002
-        # Lost or not is one: the commits of a member that was put out are refused, by its generation.
+    def _revoked(self, partitions: list[TopicPartition], lost: bool) -> None:
+        # To the lanes it is one: the commits of a member that was put out are refused, by its generation.
         self._joining.outside()
-        self._close_lanes(sorted({p for _, p in partitions}))
+        self._put_out = self._put_out or lost
+        self._close_lanes(sorted({p for _, p in partitions}), tell=not lost)
         self._stand_by()
 
     def _stand_by(self) -> None:
         if self.standbys is not None:
             self.standbys.keep(set(range(self.log.partitions)) - self._lanes.keys())
 
-    def _close_lanes(self, numbers: list[int]) -> None:
+    def _close_lanes(self, numbers: list[int], *, tell: bool = True) -> None:
         lanes = [self._lanes.pop(n) for n in numbers if n in self._lanes]
         for lane in lanes:
             lane.ask_to_stop()
         joined = [lane.join() for lane in lanes]
-        self._tell(lanes)
+        if tell:
+            self._tell(lanes)
         if not all(joined):
             # Its store stays locked, and its transaction may be open: only the process's end puts that right.
             self.fail(Unreachable(f"{self.kind.name}: a partition was not given up within {_JOIN_S:g} s"))

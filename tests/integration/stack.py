@@ -226,7 +226,7 @@ class Stack:
         self.keys = Keys.generate()
         self.keys.save(folder / "keys.json")
         self.blobs = folder / "blobs"
-        self.large_place = Settings.model_construct(blobs=str(self.blobs)).large_place(self.log.topic_id)
+        self.large_place = Settings(blobs=str(self.blobs)).large_place(self.log.topic_id)
         self.witness = folder / "witness"
         self.witness.touch()
         self._processes: list[Process] = []
@@ -261,7 +261,7 @@ class Stack:
         """
         ours = {f"PERDURE_{field.upper()}" for field in Settings.model_fields}
         kept = {n: v for n, v in os.environ.items() if n not in ours and not n.startswith("PERDURE_")}
-        settings = Settings.model_construct(
+        settings = Settings(
             bootstrap=bootstrap or self.bootstrap, namespace=self.prefix, keys_file=self.folder / "keys.json",
             data_dir=self.folder, state_dir=self.folder / host, checkpoint_dir=self.folder / "checkpoints",
             blobs=str(self.blobs),
