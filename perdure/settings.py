@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import msgspec
-import psutil
 
 from perdure.connectors.large_values import LargeValues, Place
 from perdure.schemas import topics
@@ -204,6 +203,8 @@ def find_dev_stack(data_dir: Path) -> DevStack | None:
 
 
 def _lives(pid: int) -> bool:
+    import psutil  # half as long to import as all the rest, for what only a dev stack's users ask
+
     try:
         return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
     except psutil.NoSuchProcess:

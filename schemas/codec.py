@@ -15,7 +15,7 @@ import typing
 from collections.abc import Callable, Container
 from dataclasses import is_dataclass
 from functools import cached_property
-from importlib import resources
+from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_args, get_origin
 
 from fastavro import parse_schema, schemaless_reader
@@ -35,9 +35,8 @@ R = TypeVar("R")
 assert messages.__all__, "importing messages registers every record class"
 
 
-_FINGERPRINTS: dict[str, str] = json.loads(
-    (resources.files("perdure.schemas") / "avro" / "fingerprints.json").read_text()
-)
+_AVRO = Path(__file__).with_name("avro")
+_FINGERPRINTS: dict[str, str] = json.loads((_AVRO / "fingerprints.json").read_text())
 """Full name -> fingerprint of the present schema, as `tools/write_schemas.py` has found it: computing them all takes
 longer than everything else a short command does."""
 
@@ -275,9 +274,7 @@ def _record_arms(hint: Any) -> list[Any]:
 
 def _older_versions() -> list[dict[str, Any]]:
     """Schemas that earlier builds wrote and this one still reads."""
-    folder = resources.files("perdure.schemas") / "avro" / "old"
-    files = sorted(folder.iterdir(), key=lambda f: f.name) if folder.is_dir() else []
-    return [json.loads(f.read_text()) for f in files if f.name.endswith(".avsc")]
+    return [json.loads(file.read_text()) for file in sorted((_AVRO / "old").glob("*.avsc"))]
 
 
 _BY_CLASS: dict[type, _Format] = {c: _Format(c) for c in registered().values()}

@@ -22,22 +22,17 @@ Write = Callable[[Any, Callable[[Iterable[bytes]], None]], None]
 """(record, extend) -> None: hands over the record's bytes in pieces."""
 
 
-def _varint(z: int) -> bytes:
-    out = bytearray()
-    while z > 0x7F:
-        out.append(z & 0x7F | 0x80)
-        z >>= 7
-    out.append(z)
-    return bytes(out)
-
-
+_LAST = [bytes((n,)) for n in range(0x80)]
+_MORE = [bytes((n | 0x80,)) for n in range(0x80)]
+"""7 bits of a varint, with which it ends or goes on."""
+_ENDS = (*_LAST, *(low + high for high in _LAST[1:] for low in _MORE))
+_GOES_ON = tuple(low + high for high in _MORE for low in _MORE)
+"""14 bits of a varint: its end, or two bytes that more follow."""
 _TABLE = 16_384
-_SMALL = tuple(_varint(n << 1) for n in range(_TABLE))
+_SMALL = _ENDS[::2] + tuple(low + _LAST[1] for low in _GOES_ON[::2])
+"""The zigzag varints of 0 to 16,383."""
 _SMALL_PRESENT = tuple(b"\x02" + small for small in _SMALL)
 """The same behind the index of a union's second branch: a number, or a length, that is there."""
-_ENDS = tuple(_varint(z) for z in range(_TABLE))
-_GOES_ON = tuple(bytes((z & 0x7F | 0x80, z >> 7 | 0x80)) for z in range(_TABLE))
-"""14 bits of a varint: its end, or two bytes that more follow."""
 _LONG_MIN, _LONG_MAX = -(1 << 63), (1 << 63) - 1
 _pack_double = struct.Struct("<d").pack
 
