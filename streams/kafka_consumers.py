@@ -191,6 +191,8 @@ class KafkaMember(_Consuming):
             "group.id": self.group, "partition.assignment.strategy": "range", "session.timeout.ms": 10_000,
             "heartbeat.interval.ms": 1_000, "isolation.level": "read_committed" if committed else "read_uncommitted",
             "max.poll.interval.ms": 300_000, "error_cb": quiet,
+            # Fetched again only once the last answer was read, and then all that has come: who reads sets the pace.
+            "queued.min.messages": 1, "fetch.queue.backoff.ms": 1,
         }  # fmt: skip
         self._paused: set[Where] = set()
         if instance is not None:

@@ -38,6 +38,9 @@ _BUFFER_BYTES = 32 * 1024 * 1024
 _READ_S = 0.2
 _OPENING_READ_S = 0.02
 """While partitions are being opened: what they ask of the member is done between two reads."""
+_GATHER_S = 0.005
+"""How long reading waits for a transaction under way: what comes meanwhile has to wait for its end anyway, and is then
+fetched with one request in place of one for each record."""
 _JOIN_S = 60.0
 _TELL_S = 1.0
 """How often the group is told how far its partitions are, where they know it by themselves."""
@@ -84,6 +87,8 @@ class Runner:
     ) -> None:
         self.log, self.kind, self.directory = log, kind, directory
         self.duties, self.taker, self.standbys, self.on_ready = duties, taker, standbys, on_ready
+        self.finished = threading.Event()
+        """Set whenever a lane has ended a transaction."""
         self._stopping = threading.Event()
         self._failure: BaseException | None = None
         self._lanes: dict[int, Lane] = {}
@@ -121,9 +126,7 @@ class Runner:
         """Read and hand out records until `stop`. Raises what a lane failed with."""
         try:
             while not self._stopping.is_set():
-                for number, records in by_partition(self._read()).items():
-                    if number in self._lanes:
-                        self._lanes[number].hand_over(records)
+                self._hand_out(self._read())
                 self._balance()
                 if time.monotonic() - self._told_at >= _TELL_S:
                     self._tell(self._lanes.values())
@@ -132,6 +135,15 @@ class Runner:
             self._leave()
         if self._failure is not None:
             raise self._failure
+
+    def _hand_out(self, records: list[Record]) -> None:
+        self.finished.clear()
+        busy = False
+        for number, group in by_partition(records).items():
+            if number in self._lanes:
+                busy = self._lanes[number].hand_over(group) or busy
+        if busy and len(records) < limits.BATCH_RECORDS:  # else more is at hand already
+            self.finished.wait(_GATHER_S)
 
     def _read(self) -> list[Record]:
         try:
@@ -270,7 +282,7 @@ class Lane:
         self._records: deque[Record] = deque()
         self._bytes = 0
         self._halt = threading.Event()
-        self._woken = False
+        self._woken = self._busy = False
         self.ready = False
         self.reached: dict[TopicPartition, int] = {}
         """Input -> up to where it is executed."""
@@ -278,12 +290,13 @@ class Lane:
         self._thread = threading.Thread(target=self._run, name=f"{runner.kind.name}-{partition}", daemon=True)
         self._thread.start()
 
-    def hand_over(self, records: list[Record]) -> None:
-        """More records of the partition."""
+    def hand_over(self, records: list[Record]) -> bool:
+        """More records of the partition; whether they have to wait for the end of a transaction."""
         with self._changed:
             self._records.extend(records)
             self._bytes += sum(len(record.value or b"") for record in records)
             self._changed.notify()
+            return self._busy
 
     def wake(self) -> None:
         """Look at the duties now."""
@@ -386,6 +399,8 @@ class Lane:
             if batch:
                 if not shard.run_batch(batch, still_mine=lambda: not self._halt.is_set()):
                     return
+                self._busy = False
+                self._runner.finished.set()
                 if duties is not None:
                     duties.after_commit(wall_clock())
             elif duties is not None:
@@ -408,4 +423,5 @@ class Lane:
                 size += len(record.value or b"")
                 batch.append(record)
             self._bytes -= size
+            self._busy = bool(batch)
             return batch
