@@ -37,7 +37,7 @@ from perdure.schemas import codec, ids, topics
 from perdure.schemas.errors import DecodeError
 from perdure.schemas.public import WorkerMetrics
 from perdure.schemas.signing import Keys
-from perdure.settings import Settings
+from perdure.settings import SETTINGS, Settings
 from perdure.streams.generations import Generations
 from perdure.streams.kafka_log import KafkaLog
 from perdure.streams.log import BEGIN, Record
@@ -259,7 +259,7 @@ class Stack:
         host: the folder that is its state directory; processes with other ones are on other machines, as far as they
         know. bootstrap: another way to the same broker.
         """
-        ours = {f"PERDURE_{field.upper()}" for field in Settings.model_fields}
+        ours = {f"PERDURE_{field.upper()}" for field in SETTINGS}
         kept = {n: v for n, v in os.environ.items() if n not in ours and not n.startswith("PERDURE_")}
         settings = Settings(
             bootstrap=bootstrap or self.bootstrap, namespace=self.prefix, keys_file=self.folder / "keys.json",

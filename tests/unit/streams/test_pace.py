@@ -90,8 +90,10 @@ def test_what_comes_during_a_transaction_is_read_after_its_end(slow: Slow) -> No
 
 def test_who_reads_as_much_as_it_can_goes_on_reading(slow: Slow, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(limits, "BATCH_RECORDS", 1)
-    for _ in range(3):
-        slow.append()
+    slow.append()
+    until("the second is read", lambda: slow.waiting() == [1])
+    slow.append()
+    slow.append()
     until("all are read", lambda: slow.waiting() == [1, 2, 3])
     slow.let_go.set()
     slow.await_executed(4)
