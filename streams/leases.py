@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from itertools import islice
 
-from perdure.schemas import events, inbox, limits
+from perdure.schemas import events, ids, inbox, limits
 from perdure.schemas.codec import replace
 from perdure.schemas.commands import WorkerBeat, WorkerStarted, WorkerStopping
 from perdure.schemas.rows import Mark, Session
@@ -22,8 +22,16 @@ _ENDS_AT_ONCE = limits.DECISION_KEYS // 10
 
 
 def started(s: State, m: Moment, record: WorkerStarted) -> Outputs:
-    """A worker announces itself; older sessions of its id are over at once."""
+    """A worker announces itself; older sessions of its id are over at once.
+
+    It has a session with each partition: what it says to another one would end its session here.
+    """
     if record.session in s.sessions:
+        return
+    elsewhere = [queue for queue in record.queues if ids.partition_of(queue, s.partitions) != s.partition]
+    if elsewhere:
+        detail = f"{elsewhere[0]} is no queue of this partition"
+        yield rejected(s, m, "illegal", "WorkerStarted", record.session, detail)
         return
     for other in sorted(s.sessions.values(), key=lambda w: w.session):
         if other.worker_id == record.worker_id and other.state != "ended":

@@ -55,6 +55,21 @@ def test_a_repeated_announcement_changes_nothing() -> None:
     assert not rejected(world)
 
 
+def test_an_announcement_that_somebody_copies_to_another_partition_ends_no_session_there() -> None:
+    world = World()
+    here = ScriptedWorker(world, session="s1").start()
+    queue = next(queue for queue in ("a", "b", "c", "d") if world.partition_of(f"{queue}/") != here.partition)
+    there = ScriptedWorker(world, session="s2", queues=(queue,)).start()
+    world.send(signed(there.started(), *KEYS.newest_worker()), here.partition)
+    before = row(here)
+    assert before is not None
+    assert before.state == "live"
+    assert [(e.why, e.detail) for e in world.of_kind(events.ReportRejected)] == [
+        ("illegal", f"{queue} is no queue of this partition")
+    ]
+    assert not world.inbox(here.session, inbox.EndSession)
+
+
 def test_a_newer_session_of_the_same_worker_ends_the_older_one_at_once() -> None:
     world = World()
     older = ScriptedWorker(world, slots=1).start()
