@@ -14,7 +14,7 @@ from typing import Any
 import psutil
 import pytest
 
-from perdure.connectors.embedded_kafka import stop_running
+from perdure.connectors.embedded_kafka import running, stop_running
 
 pytestmark = [pytest.mark.kafka, pytest.mark.timeout(240)]
 
@@ -92,6 +92,7 @@ def test_the_life_of_a_dev_stack(place: Place) -> None:
     with (place.folder / ".perdure" / "kafka" / "logs" / "broker.log").open("a") as log:
         log.write("The state machine of the coordinator __consumer_offsets-1 is out of sync with the underlying log.\n")
     soon(lambda: gone(kafka), 60, "the end of a broker that has lost its groups")
+    soon(lambda: running(place.folder / ".perdure" / "kafka") is not None, 60, "another one")
     last = place.run("submit", "greet", "--input", '{"name": "at last"}')["task_id"]
     assert place.run("wait", last, "--timeout", "60s")["state"] == "COMPLETED"
 
