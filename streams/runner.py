@@ -170,12 +170,12 @@ class Runner:
         self._close_lanes(list(self._lanes), tell=False)
         self._paused.clear()
         self._joining.outside()
-        self._current = None
         self._leave()
         self.member = self._join()
 
     def _leave(self) -> None:
-        """Close the member, and go on without its end where that does not come."""
+        """Close the member, and go on without its end where that does not come. What it still says does not count."""
+        self._current = None
         leaving = threading.Thread(target=self.member.close, name="leaving", daemon=True)
         leaving.start()
         leaving.join(_LEAVE_S)
