@@ -1,0 +1,1 @@
+"""What needs containers: run where a Docker daemon answers, passed over by name where none does."""
