@@ -2,9 +2,10 @@
 # them: FROM this image, then `pip install` what they need.
 FROM python:3.13-slim
 
-# What outlives a container: stores and slots under /state, checkpoints, and the keys that engines and workers share.
+# What outlives a container: stores and slots under /state, checkpoints, large values and snapshots, and the keys
+# that engines and workers share.
 RUN useradd --uid 1000 --no-create-home perdure \
-    && install --directory --owner=perdure --mode=0700 /state /checkpoints /keys
+    && install --directory --owner=perdure --mode=0700 /state /checkpoints /blobs /keys
 
 WORKDIR /source
 COPY pyproject.toml README.md LICENSE ./
