@@ -14,7 +14,7 @@ demo: $(VENV)/.installed ## a real long task on a real Kafka, with kills and a p
 test: $(VENV)/.installed-test lint types ## every test, on a real broker
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
-test-slow: $(VENV)/.installed-test ## what takes half a minute and more: three brokers, long outages, storms
+test-slow: $(VENV)/.installed-test ## what takes half a minute and more: three brokers, containers where a Docker daemon runs, long outages
 	$(BIN)/python -m pytest -m slow
 
 lint: $(VENV)/.installed-test

@@ -18,7 +18,7 @@ from perdure.streams.log import Log
 from perdure.streams.processor import Kind
 from perdure.streams.shard import AS_OF, CHANGELOG_POSITION
 from perdure.streams.snapshots import Place, SnapshotRefused, Snapshots
-from perdure.streams.store import RocksStore
+from perdure.streams.store import RocksStore, StoreDamaged
 
 MARGIN_MS = 3_600_000
 """By how much a store has to be younger than the oldest tombstone that may be gone: clocks differ."""
@@ -84,7 +84,10 @@ def _local(generations: Generations, span: Span) -> RocksStore | None:
     store = generations.open()
     if store is None:
         return None
-    why = _unusable(store, span)
+    try:
+        why = _unusable(store, span)
+    except StoreDamaged as error:
+        why = str(error)
     if why is None:
         return store
     LOG.warning("the store %s is not used: %s", store.path, why)

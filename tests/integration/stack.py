@@ -82,15 +82,18 @@ def tree(pid: int) -> list[int]:
 
 @contextmanager
 def stopped(*pids: int) -> Iterator[None]:
-    """Processes as if the machine had stopped: SIGSTOP to all of them, SIGCONT at the end."""
-    for pid in pids:
-        os.kill(pid, signal.SIGSTOP)
+    """Processes as if the machine had stopped: SIGSTOP to all of them, SIGCONT at the end. One may end meanwhile."""
+
+    def tell(number: signal.Signals) -> None:
+        for pid in pids:
+            with suppress(ProcessLookupError):
+                os.kill(pid, number)
+
+    tell(signal.SIGSTOP)
     try:
         yield
     finally:
-        for pid in pids:
-            with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGCONT)
+        tell(signal.SIGCONT)
 
 
 class Process:

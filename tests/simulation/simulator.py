@@ -165,18 +165,20 @@ class Simulator:
 
     def run(self) -> None:
         """Faults for a while, then none, until everything has ended."""
-        self._pass(self.now + self.draw.choice((6, 12, 25)) * SECOND)
+        self.go_on(self.draw.choice((6, 12, 25)) * SECOND)
         self.heal()
         end = self.now + PATIENCE
         while still_open := self.open_tasks() + self.held.under_way():
             assert self.now < end, f"still open {PATIENCE} ms after the last fault: {still_open}"
-            self._pass(self.now + SECOND)
+            self.go_on(SECOND)
         self.held.check_end()
         self._check_ends()
         if self.seed % REPLAYED == 0:
             self.held.check_replay(self.draw)
 
-    def _pass(self, until: int) -> None:
+    def go_on(self, ms: int) -> None:
+        """Let everything happen for a while."""
+        until = self.now + ms
         while self._heap and self._heap[0][0] <= until:
             moment, _, what = heapq.heappop(self._heap)
             self.world.now = max(self.now, moment)
@@ -428,6 +430,15 @@ class Simulator:
             if helps in plan.commands:
                 self.ask(helps, task_id)  # type: ignore[arg-type]
         return found
+
+
+def a_life(seed: int, **chosen: Any) -> World:
+    """What half a minute under faults of every kind leaves behind: tasks in all states, and everything sent executed."""
+    life = Simulator(seed, **{"faults": frozenset(FAULTS), "tasks": 10, "partitions": 2} | chosen)
+    life.go_on(30 * SECOND)
+    life.heal()
+    life.go_on(SECOND)
+    return life.world
 
 
 def _queues(partitions: int) -> dict[str, int]:

@@ -11,7 +11,8 @@ from perdure.schemas.common import Cause
 from perdure.streams import clock, describe
 from perdure.streams.decision import Moment
 from perdure.streams.past import Past, Point
-from tests.simulation.lives import Lives
+from tests.simulation.faults import FAULTS
+from tests.simulation.simulator import Simulator, a_life
 from tests.world import SECOND, World
 
 OF_WORKERS = {"reason", "why"}
@@ -31,11 +32,12 @@ def said(world: World, partition: int) -> tuple[int, dict[str, Any], set[tuple[s
 
 @pytest.mark.parametrize("seed", range(3))
 def test_a_look_back_says_what_the_engine_said(seed: int) -> None:
-    lives = Lives(seed, minutes=2)
-    world, told = lives.world, []
-    while world.now < lives.healed_at:
-        lives.run(world.now + 7 * SECOND)
-        told += [(p, *said(world, p)) for p in range(world.partitions) if world.executed(p)]
+    life = Simulator(seed, faults=frozenset(FAULTS), rate=0.002, tasks=10, partitions=2)
+    world, told = life.world, []
+    for _ in range(20):
+        life.go_on(2 * SECOND)
+        if life.host is not None:
+            told += [(p, *said(world, p)) for p in range(world.partitions) if world.executed(p)]
     agreed = 0
     for partition, offset, statuses, sessions in told:
         past = Past(world.log, partition, Point(command=offset))
@@ -53,12 +55,11 @@ def test_a_look_back_says_what_the_engine_said(seed: int) -> None:
 
 
 def test_a_time_an_input_and_an_event_name_the_same_past() -> None:
-    lives = Lives(5, tasks=6, minutes=1)
-    lives.run(lives.healed_at)
-    log = lives.world.log
-    for partition in range(lives.world.partitions):
+    world = a_life(5)
+    log = world.log
+    for partition in range(world.partitions):
         found = log.records(topics.EVENTS.name, partition)
-        decoded = [lives.world.decode(r) for r in found]
+        decoded = [world.decode(r) for r in found]
         for n in range(len(found) - 1):
             e, later = decoded[n], decoded[n + 1]
             if e.at < later.at and e.at == max(d.at for d in decoded[: n + 1]):

@@ -15,16 +15,10 @@ from perdure.streams.redecide import Redecider
 from perdure.streams.replay import Comparison, advance, inputs_of, replay
 from perdure.streams.snapshots import FORMAT, Manifest, Place, Snapshots
 from perdure.streams.store import RocksStore
-from tests.simulation.lives import Lives
+from tests.simulation.simulator import a_life
 from tests.world import KEYS, World
 
 ROOT = Path(__file__).resolve().parent.parent.parent.parent
-
-
-def a_life() -> World:
-    lives = Lives(7, tasks=8, minutes=1)
-    lives.run(lives.healed_at)
-    return lives.world
 
 
 def busy(world: World) -> int:
@@ -47,7 +41,7 @@ def snapshot(world: World, partition: int, position: int, folder: Path) -> None:
 
 
 def test_a_replay_begins_at_the_latest_place_that_is_known_exactly(tmp_path: Path) -> None:
-    world = a_life()
+    world = a_life(7)
     partition = busy(world)
     executed = world.executed(partition)
     early, late = executed // 3, 2 * executed // 3
@@ -85,7 +79,7 @@ def build(folder: Path, **changes: str) -> Path:
 
 
 def test_another_build_decides_in_a_process_of_its_own(tmp_path: Path) -> None:
-    world = a_life()
+    world = a_life(7)
     partition = busy(world)
     executed = world.executed(partition)
     own = Redecider(partition, world.partitions, KEYS)

@@ -23,18 +23,11 @@ from perdure.streams.rebuild import fold_partition, rebuild
 from perdure.streams.shard import AS_OF, CHANGELOG_POSITION, Shard
 from perdure.streams.snapshots import FORMAT, Manifest, Place, Snapshots
 from perdure.streams.store import META, MemoryStore, RocksStore
-from tests.simulation.lives import Lives
+from tests.simulation.simulator import a_life
 from tests.world import HOUR, KEYS, MINUTE, ScriptedWorker, World
 
 DAY = 24 * HOUR
 Rows = dict[bytes, bytes]
-
-
-def a_life(seed: int) -> World:
-    """Some minutes of a deployment with crashes, lost workers and clock leaps."""
-    lives = Lives(seed, tasks=10, minutes=2)
-    lives.run(lives.healed_at)
-    return lives.world
 
 
 class Host:
