@@ -17,6 +17,7 @@ from perdure.schemas import codec, commands, events, limits, topics
 from perdure.schemas.codec import replace
 from perdure.schemas.common import Cause
 from perdure.schemas.errors import DecodeError
+from perdure.schemas.public import Quarantined
 from perdure.schemas.rows import Live, Session, TaskState
 from perdure.streams import clock, describe, tables
 from perdure.streams.decision import Moment
@@ -102,14 +103,19 @@ class Past:
         headers = {codec.header_of(kind) for kind in _OF_SESSIONS}
         found: dict[str, Session] = {}
         strangers: dict[str, int] = {}
+        passed_over = self._refused | set_aside(self._log, self.partition).keys()
         for record in records_of(self._log, topics.COMMANDS.name, self.partition, committed=False):
             if point.leaves_out_command(record):
                 break
             self.command = record.offset
             if point.at is None:
                 self.at = record.at
-            if (record.value or b"")[: codec.HEADER] in headers and record.offset not in self._refused:
-                _hear(found, strangers, codec.decode(record.value or b""), record.at)
+            if (record.value or b"")[: codec.HEADER] in headers and record.offset not in passed_over:
+                try:
+                    said = codec.decode(record.value or b"")
+                except DecodeError:
+                    continue  # the engine has not come to it yet: it will set it aside
+                _hear(found, strangers, said, record.at)
         running = Counter(t.session for _, t in self._rows() if t.session)
         for session in found.values():
             silent = self.at - session.beat
@@ -185,6 +191,19 @@ def _hear(found: dict[str, Session], strangers: dict[str, int], said: Any, at: i
             found[said.session] = replace(known, beat=at, state="stopping")
         case _:
             strangers[said.session] = at
+
+
+def set_aside(log: Log, partition: int) -> dict[int, str]:
+    """Inputs of a partition that its engine has put into quarantine: offset -> cause. Blocks while it reads."""
+    found = {}
+    for record in records_of(log, topics.QUARANTINE.name, partition):
+        try:
+            q = codec.decode_as(Quarantined, record.value or b"")
+        except DecodeError:
+            continue  # not the engine's
+        if (q.topic, q.partition, q.reader) == (topics.COMMANDS.name, partition, "engine"):
+            found[q.offset] = q.cause
+    return found
 
 
 def decoded(records: Iterator[Record]) -> Iterator[tuple[Record, Any]]:

@@ -12,9 +12,8 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
 from perdure.schemas import codec, topics
-from perdure.schemas.errors import DecodeError
-from perdure.schemas.public import Quarantined
 from perdure.streams.log import Log, Record, records_of
+from perdure.streams.past import set_aside
 from perdure.streams.redecide import Made
 
 BATCH = 500
@@ -129,15 +128,7 @@ def _plain(data: bytes) -> dict[str, Any]:
 
 def killers(log: Log, partition: int) -> frozenset[int]:
     """Inputs that killed their process and were passed over unread: that is of no log, but a fact of its history."""
-    found = set()
-    for record in records_of(log, topics.QUARANTINE.name, partition):
-        try:
-            q = codec.decode_as(Quarantined, record.value or b"")
-        except DecodeError:
-            continue  # not the engine's: nothing that a replay depends on
-        if (q.topic, q.partition, q.cause) == (topics.COMMANDS.name, partition, "killer"):
-            found.add(q.offset)
-    return frozenset(found)
+    return frozenset(offset for offset, cause in set_aside(log, partition).items() if cause == "killer")
 
 
 def inputs_of(log: Log, partition: int, first: int, until: int) -> Iterator[list[tuple[Record, bool]]]:

@@ -114,6 +114,7 @@ class RocksStore:
                     return
                 yield key, cursor.value()
                 cursor.next()
+            cursor.status()  # a block that cannot be read ends an iterator without a word: this raises it
 
     def apply(self, writes: Mapping[bytes, bytes | None]) -> None:
         batch = WriteBatch(raw_mode=True)

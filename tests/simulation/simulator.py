@@ -433,9 +433,9 @@ class Simulator:
 
 
 def a_life(seed: int, **chosen: Any) -> World:
-    """What half a minute under faults of every kind leaves behind: tasks in all states, and everything sent executed."""
-    life = Simulator(seed, **{"faults": frozenset(FAULTS), "tasks": 10, "partitions": 2} | chosen)
-    life.go_on(30 * SECOND)
+    """What a minute under faults of every kind leaves behind: tasks in all states, and everything sent executed."""
+    life = Simulator(seed, **{"faults": frozenset(FAULTS), "rate": 0.002, "tasks": 12, "partitions": 2} | chosen)
+    life.go_on(MINUTE)
     life.heal()
     life.go_on(SECOND)
     return life.world

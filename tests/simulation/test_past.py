@@ -7,13 +7,15 @@ from typing import Any
 import pytest
 
 from perdure.schemas import topics
+from perdure.schemas.codec import replace
 from perdure.schemas.common import Cause
+from perdure.schemas.signing import signed
 from perdure.streams import clock, describe
 from perdure.streams.decision import Moment
 from perdure.streams.past import Past, Point
 from tests.simulation.faults import FAULTS
 from tests.simulation.simulator import Simulator, a_life
-from tests.world import SECOND, World
+from tests.world import KEYS, SECOND, ScriptedWorker, World
 
 OF_WORKERS = {"reason", "why"}
 """What depends on which workers were there: the engine judges that by ticks, a look back by what they said."""
@@ -32,10 +34,10 @@ def said(world: World, partition: int) -> tuple[int, dict[str, Any], set[tuple[s
 
 @pytest.mark.parametrize("seed", range(3))
 def test_a_look_back_says_what_the_engine_said(seed: int) -> None:
-    life = Simulator(seed, faults=frozenset(FAULTS), rate=0.002, tasks=10, partitions=2)
+    life = Simulator(seed, faults=frozenset(FAULTS), rate=0.002, tasks=12, partitions=2)
     world, told = life.world, []
     for _ in range(20):
-        life.go_on(2 * SECOND)
+        life.go_on(3 * SECOND)
         if life.host is not None:
             told += [(p, *said(world, p)) for p in range(world.partitions) if world.executed(p)]
     agreed = 0
@@ -70,3 +72,17 @@ def test_a_time_an_input_and_an_event_name_the_same_past() -> None:
                 ]
                 assert {p.event for p in pasts} == {found[n].offset}
                 assert len({str(sorted(p.tasks())) for p in pasts}) == 1
+
+
+def test_what_the_engine_set_aside_is_no_word_of_a_worker() -> None:
+    """Nor is what it has not come to yet, and will set aside."""
+    world = World(1)
+    worker = ScriptedWorker(world, beating=True).start()
+    forged = replace(worker.started(), session="forged", worker_id="w2")
+    world.host(forged, 0)
+    torn = signed(replace(forged, session="torn"), *KEYS.newest_worker())[:-1]
+    world.send(torn, 0)
+    world.advance(SECOND)
+    assert len(world.quarantined()) == 1
+    world.append(torn, 0)
+    assert [w.session for w in Past(world.log, 0, Point()).workers] == [worker.session]

@@ -6,6 +6,7 @@ Histories are random lives of a whole deployment, with crashes; the store of eac
 from __future__ import annotations
 
 import logging
+import random
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +23,7 @@ from perdure.streams.log import Record
 from perdure.streams.rebuild import fold_partition, rebuild
 from perdure.streams.shard import AS_OF, CHANGELOG_POSITION, Shard
 from perdure.streams.snapshots import FORMAT, Manifest, Place, Snapshots
-from perdure.streams.store import META, MemoryStore, RocksStore
+from perdure.streams.store import META, MemoryStore, RocksStore, StoreDamaged
 from tests.simulation.simulator import a_life
 from tests.world import HOUR, KEYS, MINUTE, ScriptedWorker, World
 
@@ -336,10 +337,21 @@ def test_a_store_that_somebody_holds_is_not_waited_for(
     assert len(list(host.generations.directory.iterdir())) == 1, "the one that was held is gone once it is free"
 
 
-def test_a_damaged_store_is_never_served(world: World, tmp_path: Path) -> None:
+def test_a_store_whose_first_rows_are_damaged_gives_way_at_once(world: World, tmp_path: Path) -> None:
     host = Host(world, tmp_path)
-    host.has_store(earlier(world, 0, 0.9), world.now)
+    host.has_store(earlier(world, 0, 0.02), world.now)
     flip_every_table(host.generations.directory)
+    assert host.start() == plain(iter(world.rows(0).items()))
+
+
+def test_a_damaged_store_is_never_served(world: World, tmp_path: Path) -> None:
+    """Met later, the damage ends this start; the next one does without the store."""
+    host = Host(world, tmp_path)
+    before_the_others = {b"\x00%d" % n: random.Random(n).randbytes(1_000) for n in range(100)}
+    host.has_store(earlier(world, 0, 0.9) | before_the_others, world.now)
+    flip_every_table(host.generations.directory)
+    with pytest.raises(StoreDamaged, match="the next start rebuilds it"):
+        host.start()
     assert host.start() == plain(iter(world.rows(0).items()))
 
 
@@ -362,8 +374,6 @@ def flip_every_table(folder: Path) -> None:
 
 def test_a_store_that_fails_blames_no_record(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The record at hand is neither quarantined nor passed over: the partition stops."""
-    from perdure.streams.store import StoreDamaged
-
     store = MemoryStore()
     engine = engine_kind(1, KEYS).open(store, 0)
 
