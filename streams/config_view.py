@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, field
 
 from perdure.schemas import codec, topics
-from perdure.schemas.errors import DecodeError
+from perdure.schemas.errors import DecodeError, Unreachable
 from perdure.schemas.public import ConfigRecord
 from perdure.streams.log import Log, Reader
+
+_STILL_S = 10.0
 
 
 @dataclass
@@ -17,6 +20,8 @@ class ConfigView:
     log: Log
     names: dict[str, tuple[int, bytes | None]] = field(default_factory=dict)
     """Name -> (version, content); content None: deleted."""
+    read_to: int = 0
+    """Offset before which everything is in `names`."""
     _reader: Reader | None = None
 
     def refresh(self, timeout_s: float = 0.0) -> set[str]:
@@ -24,22 +29,32 @@ class ConfigView:
         return self.refresh_to_end() if self._reader is None else self._read(timeout_s)
 
     def refresh_to_end(self) -> set[str]:
-        """Read on to the topic's present end; the names that have changed."""
-        begin = self._reader is None
-        self._reader = reader = self._reader or self.log.reader()
+        """Read on to the topic's present end; the names that have changed.
+
+        Blocks for milliseconds. Raises `Unreachable` when nothing has come for 10 s; what was read stays.
+        """
+        reader = self._reader or self.log.reader()
         first, end = reader.bounds(topics.CONFIG.name, 0)
-        if begin:
+        if self._reader is None:
             # A number, not BEGIN: a fresh consumer takes half a second to resolve that.
             reader.assign({(topics.CONFIG.name, 0): first})
+            self._reader = reader
         changed: set[str] = set()
+        moved, position = time.monotonic(), self.read_to
         while not reader.caught_up(topics.CONFIG.name, 0, end):
             changed |= self._read(0.2)
+            if self.read_to > position:
+                moved, position = time.monotonic(), self.read_to
+            elif time.monotonic() - moved > _STILL_S:
+                raise Unreachable(f"{topics.CONFIG.name} stands still at {self.read_to} of {end}")
+        self.read_to = max(self.read_to, end)
         return changed
 
     def _read(self, timeout_s: float) -> set[str]:
         assert self._reader is not None
         changed = set()
         for record in self._reader.read(1_000, timeout_s):
+            self.read_to = record.offset + 1
             name = (record.key or b"").decode(errors="replace")
             content: bytes | None = None
             if record.value is not None:

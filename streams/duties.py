@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass, field
+from functools import partial
 
 from perdure.schemas import codec, limits, topics
 from perdure.schemas.commands import ApplyConfig, Forwarded, ForwardedAck, Tick
@@ -17,10 +18,12 @@ from perdure.schemas.signing import Keys, signed
 from perdure.streams import tables, timers
 from perdure.streams.config_view import ConfigView
 from perdure.streams.engine import Engine
-from perdure.streams.log import Producer
+from perdure.streams.log import OnAck, Producer
 
 APPLIED_KINDS = frozenset({"queue", "type", "limit", "schedule", "rule", "notify", "feature"})
 _PATIENCE_MS = 1_000
+_UNLANDED_MS = 300_000
+"""So often at the most is sent again what the producer still has."""
 
 
 @dataclass
@@ -35,6 +38,19 @@ class _Way:
     """
     since: int = 0
     """Host time, ms, of the last acknowledgement, or of the oldest sending after it."""
+    landed: int = 0
+    """Number of the last one that the log has, or has refused."""
+
+    @property
+    def due(self) -> int:
+        """Host time, ms, at which all is sent again. What has not even landed still waits in the producer: there it is
+        not to pile up while a partition has no leader for hours."""
+        landed = self.landed == self.sent[-1]
+        return self.since + (limits.FORWARD_RESEND_MS if landed else _UNLANDED_MS)
+
+    def lands(self, number: int, _offset: int, _error: InfrastructureError | None) -> None:
+        """The producer is done with a record, one way or the other."""
+        self.landed = number
 
 
 class Duties:
@@ -55,7 +71,8 @@ class Duties:
         latest = max((version for version, _ in list(self._config.names.values())), default=0)
         for suffix, row in list(self._engine.state.scan(tables.CONFIG)):
             name = suffix.decode()
-            if name not in self._config.names and row.content is not None:
+            # A row that is newer than all that was read shows that the view is behind, not that the name is gone.
+            if name not in self._config.names and row.content is not None and row.version < self._config.read_to:
                 record = ApplyConfig(name=name, version=max(latest, row.version + 1), content=None)
                 self._append(self._partition, signed(record, *self._keys.newest_engine()))
 
@@ -88,7 +105,7 @@ class Duties:
         wanted = self._engine.next_tick()
         if wanted is not None:
             due = min(due, max(wanted, self._next_tick_at(wanted, now)))
-        return min([due, *(way.since + limits.FORWARD_RESEND_MS for way in self._ways.values() if way.sent)])
+        return min([due, *(way.due for way in self._ways.values() if way.sent)])
 
     def _tick(self, now: int) -> None:
         wanted = self._engine.next_tick()
@@ -130,15 +147,16 @@ class Duties:
             while way.sent and self._in_outbox(target, way.sent[0]) is None:
                 way.sent.popleft()
                 way.since = now
-            if way.sent and (now - way.since >= limits.FORWARD_RESEND_MS or way.since > now):
+            if way.sent and (now >= way.due or way.since > now):
                 way.unsent.extendleft(reversed(way.sent))
                 way.sent.clear()
+                way.landed = 0
             while way.unsent:
                 number = way.unsent.popleft()
                 row = self._in_outbox(target, number)
                 if row is not None:
                     record = Forwarded(source=self._partition, target=target, number=number, record=row.record)
-                    self._append(target, signed(record, *self._keys.newest_engine()))
+                    self._append(target, signed(record, *self._keys.newest_engine()), partial(way.lands, number))
                     way.since = way.since if way.sent else now
                     way.sent.append(number)
 
@@ -146,5 +164,5 @@ class Duties:
         row: Outbox | None = self._engine.state.get(tables.outbox(target), tables.number(number))
         return row
 
-    def _append(self, partition: int, value: bytes) -> None:
-        self._producer.append(topics.COMMANDS.name, partition, None, value)
+    def _append(self, partition: int, value: bytes, on_ack: OnAck | None = None) -> None:
+        self._producer.append(topics.COMMANDS.name, partition, None, value, on_ack)

@@ -16,6 +16,7 @@ from perdure.streams.store import RocksStore, StoreDamaged, StoreLocked, destroy
 LOCK_WAIT_S = 3.0
 """How long a former owner on this host may take to let go of a store."""
 _DRAFT = "draft-"
+_SOURCE = "source"
 LOG = logging.getLogger("perdure")
 
 
@@ -56,11 +57,20 @@ class Generations:
         made.mkdir(mode=0o700)
         return made
 
-    def adopt(self, draft: Path) -> RocksStore:
-        """The store in a draft, as a new generation. Raises `StoreDamaged` if RocksDB does not open it."""
+    def adopt(self, draft: Path, source: str = "") -> RocksStore:
+        """The store in a draft, as a new generation. `source`: the snapshot that it is made of; see `disproved`.
+
+        Raises `StoreDamaged` if RocksDB does not open it.
+        """
         path = self._next()
+        (draft / _SOURCE).write_text(source)
         draft.rename(path)
         return RocksStore(path)
+
+    def disproved(self) -> set[str]:
+        """Snapshots of which a store was made here that was found damaged: what they hold had been damaged before."""
+        sources = [self._path(n) / _SOURCE for n in self._numbers() if is_damaged(self._path(n))]
+        return {source.read_text() for source in sources if source.exists()}
 
     def tidy(self, current: RocksStore) -> None:
         """Delete the generations before the one in use, but for those that somebody still has open."""

@@ -125,6 +125,8 @@ def sorted_error(error: KafkaException, doing: str) -> InfrastructureError:
     """A Kafka error as one of ours."""
     cause: KafkaError = error.args[0]
     text = f"{doing}: {cause.str()} ({cause.name()})"
+    if cause.code() in FORBIDDEN:
+        return InfrastructureError(f"{text}. {GRANT}")
     if cause.fatal() or cause.code() in (
         KafkaError._FENCED,
         KafkaError.PRODUCER_FENCED,
@@ -137,6 +139,15 @@ def sorted_error(error: KafkaException, doing: str) -> InfrastructureError:
     return OutcomeUnknown(text)
 
 
+FORBIDDEN = frozenset(
+    {
+        KafkaError.TOPIC_AUTHORIZATION_FAILED,
+        KafkaError.GROUP_AUTHORIZATION_FAILED,
+        KafkaError.CLUSTER_AUTHORIZATION_FAILED,
+        KafkaError.TRANSACTIONAL_ID_AUTHORIZATION_FAILED,
+    }
+)
+GRANT = "Nothing but a change of the cluster's access rules helps: make it, and start again"
 _PASSING = frozenset(
     {
         KafkaError.NOT_LEADER_FOR_PARTITION,
@@ -153,7 +164,6 @@ _PASSING = frozenset(
         KafkaError._NOENT,  # "No leaders found", said again and again after the leaders have come back
         KafkaError._TRANSPORT,
         KafkaError._ALL_BROKERS_DOWN,
-        KafkaError._NOENT,
         KafkaError._STATE,
     }
 )
@@ -165,12 +175,16 @@ def as_kafka_writes(topic_id: str) -> str:
 
 
 def patiently(call: Callable[[], T], what: str) -> T:
-    """Call, and again while brokers move or start. Raises `Unreachable` after 10 s."""
+    """Call, and again while brokers move or start. Raises `Unreachable` after 10 s, and at once where only a person
+    helps: another `InfrastructureError` for a right that is missing.
+    """
     deadline = time.monotonic() + CALL_S
     while True:
         try:
             return call()
         except KafkaException as error:
+            if error.args[0].code() in FORBIDDEN:
+                raise InfrastructureError(f"{what}: {error.args[0].str()}. {GRANT}") from error
             if error.args[0].code() not in _PASSING or time.monotonic() > deadline:
                 raise Unreachable(f"{what}: {error.args[0].str()}") from error
             time.sleep(0.02)

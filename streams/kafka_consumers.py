@@ -22,7 +22,7 @@ from confluent_kafka import (
 )
 
 from perdure.schemas.errors import Fenced, InfrastructureError, LogTruncated, Unreachable
-from perdure.streams.kafka_connection import ASK_S, CALL_S, Connection, patiently, quiet
+from perdure.streams.kafka_connection import ASK_S, CALL_S, FORBIDDEN, GRANT, Connection, patiently, quiet
 from perdure.streams.log import BEGIN, END, Record
 from perdure.streams.log import TopicPartition as Where
 
@@ -93,10 +93,9 @@ class _Consuming:
                 f"{topic}/{partition} begins at {first} and ends at {end}, but its reader stands outside of that "
                 f"({error.str()}): records were deleted before they were read, or the topic was replaced"
             )
-        elif error.fatal() or error.code() in (
-            KafkaError.TOPIC_AUTHORIZATION_FAILED,
-            KafkaError.GROUP_AUTHORIZATION_FAILED,
-        ):
+        elif error.code() in FORBIDDEN:
+            raise InfrastructureError(f"reading {message.topic()}: {error.str()}. {GRANT}")
+        elif error.fatal():
             raise InfrastructureError(f"reading {message.topic()}: {error.str()}")
         # Else a lost connection and the like: librdkafka goes on by itself.
 

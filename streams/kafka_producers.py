@@ -5,6 +5,7 @@ They never buffer for long (`linger.ms=0`, Nagle off): a commit flushes anyway, 
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 import weakref
@@ -18,10 +19,11 @@ from confluent_kafka import KafkaError, KafkaException, Message, Producer, Topic
 from perdure.schemas import limits
 from perdure.schemas.errors import Fenced, InfrastructureError, Unreachable, ValueTooLarge
 from perdure.streams import failpoints
-from perdure.streams.kafka_connection import CALL_S, Connection, quiet, sorted_error
+from perdure.streams.kafka_connection import CALL_S, FORBIDDEN, Connection, quiet, sorted_error
 from perdure.streams.log import OnAck, OutcomeUnknown, TransactionAborted, check_size
 from perdure.streams.log import TopicPartition as Where
 
+LOG = logging.getLogger("perdure")
 T = TypeVar("T")
 _SLOW_COMMIT_S = 10.0
 """Nobody knows what has become of a request for so long."""
@@ -81,9 +83,7 @@ class KafkaProducer:
 
     def __init__(self, log: Connection) -> None:
         self._log = log
-        self._producer = Producer(
-            log.config(_PRODUCER, {"message.timeout.ms": 86_400_000, "error_cb": quiet, "linger.ms": 0})
-        )
+        self._producer = self._create()
         self._open = True
         self._thread = threading.Thread(target=self._serve, name="kafka-acks", daemon=True)
         self._thread.start()
@@ -102,9 +102,29 @@ class KafkaProducer:
         self._open = False
         self._thread.join(5.0)
 
+    def _create(self) -> Producer:
+        return Producer(
+            self._log.config(_PRODUCER, {"message.timeout.ms": 86_400_000, "error_cb": quiet, "linger.ms": 0})
+        )
+
     def _serve(self) -> None:
         while self._open:
-            self._producer.poll(0.2)
+            try:
+                _plainly(lambda: self._producer.poll(0.2))
+            except KafkaException as error:
+                self._replace(error)
+
+    def _replace(self, error: KafkaException) -> None:
+        """Go on with a new producer: the old one is good for nothing any more, as when a broker has lost what it had
+        acknowledged. Who waits for records of the old one is told that they have failed.
+        """
+        LOG.warning("a producer is replaced: %s", error.args[0].str())
+        old, self._producer = self._producer, self._create()
+        old.purge()
+        deadline = time.monotonic() + _END_S
+        while len(old) and time.monotonic() < deadline:
+            with suppress(KafkaException):
+                _plainly(lambda: old.poll(0.1))
 
 
 class _Bounded:
@@ -195,6 +215,8 @@ class KafkaTransactional:
                 producer.init_transactions(_INIT_ASK_S)
                 return producer
             except KafkaException as error:
+                if error.args[0].code() in FORBIDDEN:
+                    raise sorted_error(error, f"transactions for {self._name}") from error
                 if time.monotonic() > deadline or not error.args[0].retriable():
                     raise Unreachable(
                         f"no transactions for {self._name} on {self._log.bootstrap}: {error.args[0].str()}"

@@ -79,7 +79,8 @@ class Member(Protocol):
         """At most `max_records`; waits up to `timeout_s` for the first, not for more. Runs the rebalance callbacks."""
 
     def committed(self, wanted: Iterable[TopicPartition], *, settled: bool = True) -> dict[TopicPartition, int | None]:
-        """The group's committed offsets; None where there is none. Blocks for at most 10 s, then `Unreachable`.
+        """The group's committed offsets; None where there is none. Blocks for some 10 s, then raises `Unreachable`;
+        settled, for as long again, to say whether it is a transaction that they wait for.
 
         settled: those in transactions that have not ended are waited for, and not passed over.
         """
@@ -148,7 +149,9 @@ class Reader(Protocol):
         """At most `max_records`; waits up to `timeout_s` for the first, not for more."""
 
     def bounds(self, topic: str, partition: int) -> tuple[int, int]:
-        """(first offset kept, offset after the last record appended, uncommitted ones included). Blocks ≤ 10 s."""
+        """(first offset kept, offset after the last record appended, uncommitted ones included). Blocks, for each of
+        them for 10 s at the most, then raises `Unreachable`.
+        """
 
     def caught_up(self, topic: str, partition: int, target: int) -> bool:
         """Whether everything below `target` that can be read has been read (holes and markers are passed over)."""

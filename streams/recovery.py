@@ -8,6 +8,7 @@ the reason. When none will do, recovery is refused: nothing starts half.
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from perdure.schemas.errors import InfrastructureError, LogTruncated, NotFound
 from perdure.streams.generations import Generations
 from perdure.streams.log import Log
 from perdure.streams.processor import Kind
-from perdure.streams.shard import AS_OF, CHANGELOG_POSITION
+from perdure.streams.shard import AS_OF, position_of
 from perdure.streams.snapshots import Place, SnapshotRefused, Snapshots
 from perdure.streams.store import RocksStore, StoreDamaged
 
@@ -45,10 +46,13 @@ def open_store(
     snapshots: Snapshots | None,
     now: int,
     warm: Path | None = None,
+    go_on: Callable[[], bool] = lambda: True,
 ) -> RocksStore:
     """The store to start with; `now` is wall time in ms. Blocks, for minutes when a large snapshot is fetched.
 
     warm: the directory of a closed store on the same file system, to be taken if it is the newest there is.
+
+    go_on: asked before each file of a snapshot; raises `GivenUp` when it says no.
 
     Raises `LogTruncated` when no way leads to the present, `Unreachable`, or another `InfrastructureError`.
     """
@@ -56,7 +60,7 @@ def open_store(
         return generations.open() or generations.begin()
     span = _span(log, kind.changelog, place.partition, now)
     store = _newer(_local(generations, span), warm, generations, span)
-    store = store or _from_snapshot(generations, snapshots, place, span)
+    store = store or _from_snapshot(generations, snapshots, place, span, go_on)
     if store is None:
         if span.first > 0:
             raise LogTruncated(
@@ -131,23 +135,21 @@ def _unusable(store: RocksStore, span: Span) -> str | None:
     return None
 
 
-def position_of(store: RocksStore) -> int:
-    """Up to where a store has read its changelog."""
-    stored = store.get(CHANGELOG_POSITION)
-    return 0 if stored is None else int.from_bytes(stored, "big")
-
-
 def _from_snapshot(
-    generations: Generations, snapshots: Snapshots | None, place: Place, span: Span
+    generations: Generations, snapshots: Snapshots | None, place: Place, span: Span, go_on: Callable[[], bool]
 ) -> RocksStore | None:
+    disproved = generations.disproved()
     for name in _names(snapshots, place):
         assert snapshots is not None, "it has just named one"
+        if name in disproved:
+            LOG.warning("the snapshot %s is not used: the store that was made of it was found damaged", name)
+            continue
         try:
             manifest = snapshots.read(name, place, first=span.first, end=span.end, oldest=span.oldest)
             LOG.info("partition %s is fetched from %s", place.partition, name)
             draft = generations.draft()
-            snapshots.download(manifest, draft)
-            return _checked(generations.adopt(draft), name, manifest.changelog_offset)
+            snapshots.download(manifest, draft, go_on)
+            return _checked(generations.adopt(draft, name), name, manifest.changelog_offset)
         except (InfrastructureError, NotFound) as error:
             LOG.warning("the snapshot is not used: %s", error)
     return None
@@ -164,8 +166,7 @@ def _names(snapshots: Snapshots | None, place: Place) -> list[str]:
 
 def _checked(store: RocksStore, name: str, offset: int) -> RocksStore:
     """The store, if it is where its manifest says."""
-    found = store.get(CHANGELOG_POSITION)
-    if found is None or int.from_bytes(found, "big") != offset:
+    if position_of(store) != offset:
         store.close()
         raise SnapshotRefused(f"{name} says that it stands at {offset}, and the store in it says otherwise")
     return store

@@ -24,9 +24,9 @@ from perdure.streams.join_watch import JoinWatch
 from perdure.streams.log import BEGIN, Log, Member, Record, TopicPartition
 from perdure.streams.processor import Kind
 from perdure.streams.recovery import open_store
-from perdure.streams.shard import Shard
+from perdure.streams.shard import AGAIN_S, Shard
 from perdure.streams.snapshot_taker import SnapshotDuty, SnapshotTaker
-from perdure.streams.snapshots import Place
+from perdure.streams.snapshots import GivenUp, Place
 from perdure.streams.standbys import Standbys
 from perdure.streams.store import RocksStore
 
@@ -42,6 +42,7 @@ _GATHER_S = 0.005
 """How long reading waits for a transaction under way: what comes meanwhile has to wait for its end anyway, and is then
 fetched with one request in place of one for each record."""
 _JOIN_S = 60.0
+"""How long partitions that are taken away may take to end what is under way, all together."""
 _TELL_S = 1.0
 """How often the group is told how far its partitions are, where they know it by themselves."""
 LOG = logging.getLogger("perdure")
@@ -92,7 +93,6 @@ class Runner:
         self._stopping = threading.Event()
         self._failure: BaseException | None = None
         self._lanes: dict[int, Lane] = {}
-        self._paused: set[int] = set()
         self._told: dict[TopicPartition, int] = {}
         self._told_at = time.monotonic()
         self._new_member = partial(
@@ -104,8 +104,9 @@ class Runner:
         self.member: Member = self._join()
 
     def _join(self) -> Member:
-        """A new member, the only one whose word counts from now on."""
+        """A new member, the only one whose word counts from now on. What the last one told may never have arrived."""
         self._put_out = False
+        self._told.clear()
         self._current = mine = object()
 
         def on_assigned(partitions: list[TopicPartition]) -> None:
@@ -168,7 +169,6 @@ class Runner:
         """Go on as a new member. One that has lost its session waits for what it has told its group before, which gets
         it fenced once it arrives, or never comes to an end (librdkafka 2.16: docs/decisions/0015)."""
         self._close_lanes(list(self._lanes), tell=False)
-        self._paused.clear()
         self._joining.outside()
         self._leave()
         self.member = self._join()
@@ -208,7 +208,8 @@ class Runner:
         self._stand_by()
 
     def _revoked(self, partitions: list[TopicPartition], lost: bool) -> None:
-        # To the lanes it is one: the commits of a member that was put out are refused, by its generation.
+        # To the lanes it is one: what they still commit is refused once the partition's next owner has taken the
+        # transactional id.
         self._joining.outside()
         self._put_out = self._put_out or lost
         self._close_lanes(sorted({p for _, p in partitions}), tell=not lost)
@@ -222,7 +223,8 @@ class Runner:
         lanes = [self._lanes.pop(n) for n in numbers if n in self._lanes]
         for lane in lanes:
             lane.ask_to_stop()
-        joined = [lane.join() for lane in lanes]
+        deadline = time.monotonic() + _JOIN_S
+        joined = [lane.join(deadline - time.monotonic()) for lane in lanes]
         if tell:
             self._tell(lanes)
         if not all(joined):
@@ -245,13 +247,12 @@ class Runner:
         most = most_waiting(len(self._lanes))
         for number, lane in self._lanes.items():
             where = [(topic, number) for topic in self.kind.inputs]
-            if number not in self._paused and lane.ready and lane.is_full(most):
-                self._paused.add(number)
+            if lane.ready and not lane.paused and lane.is_full(most):
+                lane.paused = True
                 self.member.pause(where)
-            elif number in self._paused and lane.is_nearly_empty(most):
-                self._paused.discard(number)
+            elif lane.paused and lane.is_nearly_empty(most):
+                lane.paused = False
                 self.member.resume(where)
-        self._paused &= self._lanes.keys()
 
 
 def by_partition(records: Iterable[Record]) -> dict[int, list[Record]]:
@@ -283,7 +284,8 @@ class Lane:
         self._bytes = 0
         self._halt = threading.Event()
         self._woken = self._busy = False
-        self.ready = False
+        self.ready = self.paused = False
+        """Whether it takes records; whether it has so many that no more are fetched."""
         self.reached: dict[TopicPartition, int] = {}
         """Input -> up to where it is executed."""
         self._changed = threading.Condition()
@@ -318,9 +320,9 @@ class Lane:
             self._halt.set()
             self._changed.notify()
 
-    def join(self) -> bool:
+    def join(self, timeout_s: float) -> bool:
         """Wait for the thread's end; False if it has not come: a call to the broker does not return."""
-        self._thread.join(_JOIN_S)
+        self._thread.join(max(0.0, timeout_s))
         return not self._thread.is_alive()
 
     def _run(self) -> None:
@@ -351,6 +353,9 @@ class Lane:
                 return call()
             except Unreachable as error:
                 LOG.warning("%s/%d waits for the broker: %s", self._runner.kind.name, self._partition, error)
+                self._halt.wait(AGAIN_S)
+            except GivenUp:
+                break
         return None
 
     def _place(self) -> Place:
@@ -361,7 +366,9 @@ class Lane:
         runner = self._runner
         generations = Generations(runner.directory / place.kind / place.changelog_id / str(place.partition))
         snapshots = None if runner.taker is None else runner.taker.snapshots
-        return open_store(runner.log, runner.kind, place, generations, snapshots, wall_clock(), warm)
+        return open_store(
+            runner.log, runner.kind, place, generations, snapshots, wall_clock(), warm, lambda: not self._halt.is_set()
+        )
 
     def _open(self, store: RocksStore) -> Shard:
         runner = self._runner

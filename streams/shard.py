@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 from perdure.schemas.errors import ConfigurationError, Fenced, LogTruncated, RestoreStuck, Unreachable
 from perdure.streams import failpoints
@@ -40,8 +40,15 @@ RESTORE_BATCH = 2_000
 _RESTORE_GATHER_MS = 10
 """How long the broker waits for more at the end of a changelog, which is where most restores begin."""
 LOG = logging.getLogger("perdure")
+AGAIN_S = 0.2
+"""Between two attempts at what the broker has just refused to do."""
 REVOCATION_S = 3.0
 """Within this the group tells a member that its partition is another's: three heartbeats."""
+
+
+def position_of(store: Store) -> int:
+    """Up to where a store has read its changelog."""
+    return int.from_bytes(store.get(CHANGELOG_POSITION) or b"", "big")
 
 
 def by_topic(out: Iterable[Out]) -> dict[str, list[tuple[bytes | None, bytes | None]]]:
@@ -50,6 +57,19 @@ def by_topic(out: Iterable[Out]) -> dict[str, list[tuple[bytes | None, bytes | N
     for o in out:
         groups.setdefault(o.topic, []).append((o.key, o.value))
     return groups
+
+
+def unexecuted(records: Iterable[Record], positions: Mapping[str, int]) -> list[Record]:
+    """The records from the positions on, each once: another host may have had the partition meanwhile, and has moved
+    on; and what was read before a seek may come again.
+    """
+    known = dict(positions)
+    found = []
+    for record in records:
+        if record.offset >= known.get(record.topic, 0):
+            known[record.topic] = record.offset + 1
+            found.append(record)
+    return found
 
 
 def _wait(seconds: float, while_: Callable[[], bool]) -> None:
@@ -95,8 +115,7 @@ class Shard:
     def _begin_restore(self) -> None:
         if self.kind.changelog is None:
             return
-        stored = self._store.get(CHANGELOG_POSITION)
-        begin = int.from_bytes(stored, "big") if stored else 0
+        begin = position_of(self._store)
         reader = self._log.reader(committed=True, gather_ms=_RESTORE_GATHER_MS)
         # The target is the end with uncommitted records: this producer's creation has ended every older transaction.
         try:
@@ -206,16 +225,17 @@ class Shard:
         Goes on while the broker is away. A producer that is fenced may have been slow, not replaced: the broker fences
         the producer of a transaction that outlives its timeout. Who has lost the partition learns it from the group.
         """
+        failures = 0
         while still_mine():
             try:
                 self._transact(records)
                 return True
-            except TransactionAborted:
+            except (TransactionAborted, Unreachable) as error:  # unreachable: who knows the schema of another build
                 self.processor.rolled_back()
-                continue
-            except Unreachable as error:  # asked for the schema of another build; nothing is begun yet
-                self.processor.rolled_back()
-                LOG.warning("%s/%d waits for the broker: %s", self.kind.name, self.partition, error)
+                failures += 1
+                if failures > 1:  # one is soon over; what lasts, as a right that was taken away, has to be said
+                    LOG.warning("%s/%d tries again, the broker refuses: %s", self.kind.name, self.partition, error)
+                    _wait(min(1.0, failures * AGAIN_S), still_mine)
                 continue
             except OutcomeUnknown:
                 pass
@@ -229,8 +249,7 @@ class Shard:
     def _transact(self, records: list[Record]) -> None:
         """The four steps of the module's text. Raises `TransactionAborted`, `OutcomeUnknown` or `Fenced`."""
         # 1
-        known = self.processor.positions()  # where another host had the partition meanwhile, it has moved on
-        records = [r for r in records if r.offset >= known.get(r.topic, 0)]
+        records = unexecuted(records, self.processor.positions())
         began = time.thread_time()
         out, writes = self._execute_all(records)
         self.record_cpu_s = (time.thread_time() - began) / max(1, len(records))
@@ -271,8 +290,12 @@ class Shard:
         self.bytes_written += sum(len(key) + len(value or b"") for key, value in writes.items())
 
     def stay_fresh(self, now: int) -> None:
-        """Note once an hour that nothing has changed: a store that looks old is not used again. `now`: wall ms."""
-        if now - self._as_of > _REFRESH_MS:
+        """Note once an hour that nothing has changed: a store that looks old is not used again. `now`: wall ms.
+
+        Not after a much longer time: a host that has slept may have lost the partition, and only a commit shows that it
+        has not.
+        """
+        if _REFRESH_MS < now - self._as_of < 2 * _REFRESH_MS:
             self._apply({})
 
     def _noted(self, offset: int, error: Exception | None) -> None:
@@ -315,6 +338,7 @@ class Shard:
                 return self._is_committed(last)
             except Unreachable as error:
                 LOG.warning("%s/%d waits for the broker: %s", self.kind.name, self.partition, error)
+                _wait(AGAIN_S, still_mine)
         return False
 
     def _is_committed(self, last: Record) -> bool:

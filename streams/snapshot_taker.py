@@ -7,6 +7,7 @@ written out. Hashing and uploading is done by a thread of its own, one partition
 from __future__ import annotations
 
 import logging
+import os
 import shutil
 import threading
 from collections.abc import Callable
@@ -15,10 +16,11 @@ from pathlib import Path
 from queue import SimpleQueue
 
 from perdure.schemas.errors import InfrastructureError
-from perdure.streams.shard import CHANGELOG_POSITION, Shard
+from perdure.streams.shard import Shard, position_of
 from perdure.streams.snapshots import FORMAT, File, Manifest, Place, Snapshots
 from perdure.streams.store import RocksStore
 
+_COPY = "copy-"
 RETRY_MS = 60_000
 """How long a snapshot that could not be taken is left alone."""
 LOG = logging.getLogger("perdure")
@@ -47,6 +49,8 @@ class SnapshotTaker:
 
     def __init__(self, snapshots: Snapshots, build: str, often: Often = Often()) -> None:
         self.snapshots, self.often, self._build = snapshots, often, build
+        self.uploading: set[Path] = set()
+        """Copies that wait to be uploaded, or are."""
         self.copies: SimpleQueue[_Copy | None] = SimpleQueue()
         self._thread = threading.Thread(target=self._upload_all, name="snapshots", daemon=True)
         self._thread.start()
@@ -67,7 +71,7 @@ class SnapshotTaker:
                 copy.owner.failed(error)
             finally:
                 shutil.rmtree(copy.path, ignore_errors=True)
-                copy.owner.busy = False
+                self.uploading.discard(copy.path)
 
     def _describe(self, copy: _Copy) -> Callable[[list[File]], Manifest]:
         return lambda files: Manifest(
@@ -80,9 +84,9 @@ class SnapshotDuty:
 
     def __init__(self, taker: SnapshotTaker, shard: Shard, store: RocksStore, place: Place, now: int) -> None:
         self.place = place
-        self.busy = False
-        """Whether a copy is being uploaded."""
         self._taker, self._shard, self._store = taker, shard, store
+        self._path = store.path.parent / f"{_COPY}{os.getpid()}"
+        """This process's alone: another one of this host may be uploading its own, of a life before."""
         self._rows = self._bytes = 0
         self._at = now
         self._not_before = now
@@ -91,19 +95,25 @@ class SnapshotDuty:
         """Take a snapshot if one is due; `now`: wall time, ms. Blocks for the copy only. Raises nothing: recovery has
         other ways, and another attempt follows.
         """
-        if self.busy or now < self._not_before or not self._is_due(now):
+        if self._path in self._taker.uploading or now < self._not_before or not self._is_due(now):
             return
-        shard, path = self._shard, self._store.path.parent / "copy"
+        shard = self._shard
         try:
-            shutil.rmtree(path, ignore_errors=True)
-            self._store.copy_to(path)
+            self._sweep()
+            self._store.copy_to(self._path)
         except InfrastructureError as error:
             self.failed(error)
             return
         self._rows, self._bytes, self._at = shard.rows_written, shard.bytes_written, now
-        offset = int.from_bytes(self._store.get(CHANGELOG_POSITION) or b"", "big")
-        self.busy = True
-        self._taker.copies.put(_Copy(self, path, offset, shard.processor.positions(), now))
+        offset = position_of(self._store)
+        self._taker.uploading.add(self._path)
+        self._taker.copies.put(_Copy(self, self._path, offset, shard.processor.positions(), now))
+
+    def _sweep(self) -> None:
+        """Delete what interrupted uploads have left: of this process, and of those that are gone."""
+        for path in self._path.parent.glob(f"{_COPY}*"):
+            if path == self._path or not _lives(int(path.name.removeprefix(_COPY))):
+                shutil.rmtree(path, ignore_errors=True)
 
     def failed(self, error: Exception) -> None:
         """Try again, but not at once."""
@@ -116,3 +126,13 @@ class SnapshotDuty:
         if rows >= often.rows or self._shard.bytes_written - self._bytes >= often.bytes:
             return True
         return rows > 0 and now - self._at >= often.ms
+
+
+def _lives(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass  # somebody else's
+    return True

@@ -100,8 +100,12 @@ class Manifest:
         return f"{self.place.folder}/manifests/{self.changelog_offset:020d}-{self.created_at}.json"
 
 
+class GivenUp(Exception):
+    """Who wanted a snapshot does not want it any more: no error, and no reason to try another one."""
+
+
 class Snapshots:
-    """The snapshots in a blob store. Methods block; for one thread at a time."""
+    """The snapshots in a blob store. Methods block; for any thread."""
 
     def __init__(self, blobs: BlobStore) -> None:
         self._blobs = blobs
@@ -172,12 +176,15 @@ class Snapshots:
             raise SnapshotRefused(f"{stands}, but the changelog ends at {end}: it was truncated, or is another one")
         return manifest
 
-    def download(self, manifest: Manifest, into: Path) -> None:
+    def download(self, manifest: Manifest, into: Path, go_on: Callable[[], bool] = lambda: True) -> None:
         """Write the files of a snapshot into an empty directory, each checked.
 
-        Raises `SnapshotRefused` for a file that is missing or not what the manifest says.
+        Raises `SnapshotRefused` for a file that is missing or not what the manifest says, and `GivenUp` when `go_on`,
+        which is asked before each file, says no.
         """
         for file in manifest.files:
+            if not go_on():
+                raise GivenUp
             name = f"{manifest.place.folder}/files/{file.sha256}"
             try:
                 data = self._blobs.get(name)

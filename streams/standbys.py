@@ -12,13 +12,13 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from perdure.schemas.errors import InfrastructureError, Unreachable
+from perdure.schemas.errors import InfrastructureError, LogTruncated, Unreachable
 from perdure.streams.generations import Generations
 from perdure.streams.log import Log, Reader, Record
 from perdure.streams.processor import Kind
-from perdure.streams.recovery import open_store, position_of
-from perdure.streams.shard import AS_OF, CHANGELOG_POSITION, RESTORE_BATCH
-from perdure.streams.snapshots import Place, Snapshots
+from perdure.streams.recovery import open_store
+from perdure.streams.shard import AS_OF, CHANGELOG_POSITION, RESTORE_BATCH, position_of
+from perdure.streams.snapshots import GivenUp, Place, Snapshots
 from perdure.streams.store import RocksStore
 
 FRESH_MS = 60_000
@@ -26,6 +26,8 @@ FRESH_MS = 60_000
 _READ_S = 0.2
 _PAUSE_S = 5.0
 """After something went wrong."""
+_REFUSED_MS = 60_000
+"""After a changelog that begins too late for a copy: the others are not to wait for it."""
 LOG = logging.getLogger("perdure")
 
 
@@ -68,6 +70,8 @@ class Standbys:
         self._copies: dict[int, _Copy] = {}
         self._assigned: frozenset[_Copy] = frozenset()
         """Those that are being read, from where they were when they joined."""
+        self._not_before: dict[int, int] = {}
+        """Partition that has no copy because of its log -> when to try again, wall ms."""
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._run, name="standbys", daemon=True)
         self._thread.start()
@@ -103,7 +107,7 @@ class Standbys:
                 except Unreachable as error:
                     LOG.warning("warm copies wait for the broker: %s", error)
                     self._closing.wait(_PAUSE_S)
-                except InfrastructureError as error:
+                except (InfrastructureError, OSError) as error:
                     # A copy is worth nothing that is not certain; the partitions themselves have their own recovery.
                     LOG.warning("warm copies are made anew: %s", error)
                     self._drop_all()
@@ -128,13 +132,25 @@ class Standbys:
 
     def _begin_one(self) -> None:
         """Open one of the copies that are wanted and not there."""
+        now = self._wall()
         with self._lock:
-            missing = min(self._wanted - self._copies.keys(), default=None)
+            wanted = self._wanted - self._copies.keys()
+        missing = min((p for p in wanted if now >= self._not_before.get(p, 0)), default=None)
         if missing is None:
             return
         place = Place(self._kind.name, missing, self._log.topic_id(self._changelog))
         generations = Generations(self._directory / place.kind / place.changelog_id / str(missing))
-        store = open_store(self._log, self._kind, place, generations, self._snapshots, self._wall())
+        try:
+            store = open_store(
+                self._log, self._kind, place, generations, self._snapshots, self._wall(),
+                go_on=lambda: missing in self._wanted and not self._closing.is_set(),
+            )  # fmt: skip
+        except GivenUp:
+            return
+        except LogTruncated as error:
+            LOG.warning("partition %d has no warm copy here for a while: %s", missing, error)
+            self._not_before[missing] = self._wall() + _REFUSED_MS
+            return
         with self._lock:
             if missing in self._wanted:
                 self._copies[missing] = _Copy(missing, store)

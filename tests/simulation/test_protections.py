@@ -62,9 +62,7 @@ PROTECTIONS = {
     "forwarded records are numbered": Protection(
         routing.is_next, 'record.number == s.counter(f"taken/{record.source}") + 1', "True", seed=2
     ),
-    "forwarded records are sent again": Protection(
-        Duties._send_outbox, "now - way.since >= limits.FORWARD_RESEND_MS or way.since > now", "False"
-    ),
+    "forwarded records are sent again": Protection(Duties._send_outbox, "now >= way.due or way.since > now", "False"),
     "forwarded records that were taken are acknowledged again": Protection(
         decide._host, 'yield Acknowledge(record.source, s.counter(f"taken/{record.source}"))', "return"
     ),

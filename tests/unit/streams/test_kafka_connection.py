@@ -7,8 +7,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from confluent_kafka import KafkaError, KafkaException
 
-from perdure.schemas.errors import Unreachable
+from perdure.schemas.errors import InfrastructureError, Unreachable
 from perdure.streams import kafka_connection
 from perdure.streams.kafka_connection import Connection
 
@@ -52,3 +53,12 @@ def test_a_client_that_knows_an_old_leader_is_not_asked_again(monkeypatch: pytes
     monkeypatch.setattr(made, "_forget", forgotten.append)
     made.offsets("events", 1)
     assert len(forgotten) == 1
+
+
+def test_a_right_that_is_missing_is_not_waited_for() -> None:
+    def refused() -> None:
+        raise KafkaException(KafkaError(KafkaError.GROUP_AUTHORIZATION_FAILED, "not allowed"))
+
+    with pytest.raises(InfrastructureError, match=r"positions: not allowed\. Nothing but a change") as found:
+        kafka_connection.patiently(refused, "positions")
+    assert not isinstance(found.value, Unreachable)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -97,3 +98,40 @@ def test_who_reads_as_much_as_it_can_goes_on_reading(slow: Slow, monkeypatch: py
     until("all are read", lambda: slow.waiting() == [1, 2, 3])
     slow.let_go.set()
     slow.await_executed(4)
+
+
+def test_a_partition_that_comes_back_full_is_not_read_before_it_is_open(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its lane is another one: that no more were fetched for the last one says nothing of it."""
+    monkeypatch.setattr(runner_module, "_GATHER_S", 0.0)
+    monkeypatch.setattr(runner_module, "most_waiting", lambda _: 3)
+    slow = Slow(tmp_path)
+    for _ in range(3):
+        slow.append()
+    lane, member = slow.runner._lanes[0], slow.runner.member
+    until("no more are fetched", lambda: (NAME, 0) in member._paused)
+    opening, reads = threading.Event(), Counted(member.read)
+    open_store = runner_module.open_store
+    monkeypatch.setattr(runner_module, "open_store", lambda *given: (opening.wait(60), open_store(*given))[1])
+    monkeypatch.setattr(member, "read", reads)
+    member._pending += [("revoked", []), ("assigned", [(NAME, 0)])]  # both within one read
+    slow.let_go.set()
+    until("another lane", lambda: slow.runner._lanes.get(0, lane) is not lane)
+    begun = reads.count
+    until("some more reads", lambda: reads.count > begun + 3)
+    assert (NAME, 0) in member._paused
+    opening.set()
+    slow.await_executed(4)
+    slow.close()
+
+
+class Counted:
+    """A function that counts its calls."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self._function, self.count = function, 0
+
+    def __call__(self, *given: Any) -> Any:
+        self.count += 1
+        return self._function(*given)

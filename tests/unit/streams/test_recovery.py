@@ -10,6 +10,7 @@ import random
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -22,7 +23,7 @@ from perdure.streams.local_engine import LocalEngine, engine_kind
 from perdure.streams.log import Record
 from perdure.streams.rebuild import fold_partition, rebuild
 from perdure.streams.shard import AS_OF, CHANGELOG_POSITION, Shard
-from perdure.streams.snapshots import FORMAT, Manifest, Place, Snapshots
+from perdure.streams.snapshots import FORMAT, GivenUp, Manifest, Place, Snapshots
 from perdure.streams.store import META, MemoryStore, RocksStore, StoreDamaged
 from tests.simulation.simulator import a_life
 from tests.world import HOUR, KEYS, MINUTE, ScriptedWorker, World
@@ -344,12 +345,34 @@ def test_a_store_whose_first_rows_are_damaged_gives_way_at_once(world: World, tm
     assert host.start() == plain(iter(world.rows(0).items()))
 
 
+def long_before(rows: Rows) -> Rows:
+    """Rows in front of these, so many that the first half of the table has no others."""
+    return rows | {b"\x00%d" % n: random.Random(n).randbytes(1_000) for n in range(100)}
+
+
 def test_a_damaged_store_is_never_served(world: World, tmp_path: Path) -> None:
     """Met later, the damage ends this start; the next one does without the store."""
     host = Host(world, tmp_path)
-    before_the_others = {b"\x00%d" % n: random.Random(n).randbytes(1_000) for n in range(100)}
-    host.has_store(earlier(world, 0, 0.9) | before_the_others, world.now)
+    host.has_store(long_before(earlier(world, 0, 0.9)), world.now)
     flip_every_table(host.generations.directory)
+    with pytest.raises(StoreDamaged, match="the next start rebuilds it"):
+        host.start()
+    assert host.start() == plain(iter(world.rows(0).items()))
+
+
+def test_a_snapshot_of_what_was_damaged_before_is_used_once(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its files are those that were uploaded: only reading them shows that a disk had changed them."""
+    host = Host(world, tmp_path)
+    upload = Snapshots.upload
+
+    def rotten(snapshots: Snapshots, copy: Path, describe: Any) -> Manifest:
+        flip_tables(copy)
+        return upload(snapshots, copy, describe)
+
+    monkeypatch.setattr(Snapshots, "upload", rotten)
+    host.has_snapshot(long_before(earlier(world, 0, 0.6)), world.now, tmp_path / "rotten")
     with pytest.raises(StoreDamaged, match="the next start rebuilds it"):
         host.start()
     assert host.start() == plain(iter(world.rows(0).items()))
@@ -361,15 +384,20 @@ def flip_every_table(folder: Path) -> None:
     store = RocksStore(found)
     store.copy_to(folder.parent / "written out")
     store.close()
-    for table in (folder.parent / "written out").glob("*.sst"):
-        data = bytearray(table.read_bytes())
-        data[: len(data) // 2] = bytes(len(data) // 2)
-        table.unlink()
-        table.write_bytes(bytes(data))
+    flip_tables(folder.parent / "written out")
     for file in found.iterdir():
         file.unlink()
     for file in (folder.parent / "written out").iterdir():
         file.rename(found / file.name)
+
+
+def flip_tables(folder: Path) -> None:
+    """Damage the first half of each."""
+    for table in folder.glob("*.sst"):
+        data = bytearray(table.read_bytes())
+        data[: len(data) // 2] = bytes(len(data) // 2)
+        table.unlink()
+        table.write_bytes(bytes(data))
 
 
 def test_a_store_that_fails_blames_no_record(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -385,3 +413,15 @@ def test_a_store_that_fails_blames_no_record(world: World, tmp_path: Path, monke
     with pytest.raises(StoreDamaged):
         engine.execute(Record(topics.COMMANDS.name, 0, 0, world.now, None, command))
     assert engine.take_out() == []
+
+
+def test_who_is_not_wanted_any_more_stops_fetching_a_snapshot(world: World, tmp_path: Path) -> None:
+    """No other way is tried in its place, and the next start finds nothing half."""
+    host = Host(world, tmp_path)
+    host.has_snapshot(earlier(world, 0, 0.5), world.now, tmp_path / "snapshot")
+    answers = iter((True, False))
+    with pytest.raises(GivenUp):
+        recovery.open_store(
+            world.log, host.kind, host.place, host.generations, host.snapshots, world.now, go_on=lambda: next(answers)
+        )
+    assert host.start() == plain(iter(world.rows(0).items()))

@@ -11,7 +11,9 @@ from perdure.schemas import codec, commands, events, ids, limits
 from perdure.schemas.codec import encode
 from perdure.schemas.signing import signed
 from perdure.streams import tables
-from tests.world import CLIENT, KEYS, SECOND, ScriptedWorker, World, completed
+from perdure.streams.config_view import ConfigView
+from perdure.streams.duties import Duties
+from tests.world import CLIENT, KEYS, MINUTE, SECOND, ScriptedWorker, World, completed
 
 HOME = ids.partition_of("default", 2)
 AWAY = 1 - HOME
@@ -387,3 +389,35 @@ def test_a_batch_of_no_or_too_many_tasks_is_refused_whole(count: int) -> None:
     world.send(commands.SubmitBatch(command_id="batch", reply_to=CLIENT, tasks=tasks), HOME)
     assert (world.reply("batch").accepted, world.reply("batch").field) == (False, "tasks")
     assert not submitted(world)
+
+
+def test_what_has_not_landed_is_not_sent_over_and_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It waits in the producer while a partition has no leader, for hours maybe, and goes out by itself."""
+    world = World()
+    tried: list[int] = []
+    duties = world.engine.duties[AWAY]
+    monkeypatch.setattr(duties, "_append", lambda partition, value, on_ack=None: tried.append(world.now))
+    world.append(b'{"command":"SubmitTask","type":"noop","task_id":"t"}', AWAY)
+    start = world.now
+    world.advance(11 * MINUTE)
+    assert [(at - start) // MINUTE for at in tried] == [0, 5, 10]
+    monkeypatch.undo()
+    world.advance(6 * MINUTE)
+    assert submitted(world) == ["default/t"]
+    assert not outbox(world, AWAY, HOME)
+
+
+@pytest.mark.parametrize("behind", [True, False])
+def test_only_who_has_read_config_says_what_was_deleted_from_it(behind: bool) -> None:
+    world = World()
+    world.configure_type("young")
+    world.advance(SECOND)
+    assert world.of_engine(0).state.get(tables.CONFIG, b"type/young") is not None
+    view = ConfigView(world.log)
+    before = [world.log.records("task-commands", p) for p in range(2)]
+    if not behind:
+        view.refresh()
+        del view.names["type/young"]
+    Duties(world.of_engine(0), KEYS, world.log.producer(), view)
+    said = [world.decode(r) for p in range(2) for r in world.log.records("task-commands", p)[len(before[p]) :]]
+    assert [(r.name, r.content) for r in said] == ([] if behind else [("type/young", None)])

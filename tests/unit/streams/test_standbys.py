@@ -165,3 +165,10 @@ def test_a_changelog_that_lost_records_makes_copies_anew(
     until("another copy", lambda: host.standbys._copies.get(0) not in (None, first) and host.is_warm(0))
     assert "made anew: told to" in caplog.text
     assert rows(host.take_over(0)) == truth(world, 0)
+
+
+def test_a_partition_that_cannot_have_a_copy_keeps_no_other_from_it(world: World, host: Host) -> None:
+    world.log.truncate(topics.CHANGELOG.name, 0, 5)
+    host.standbys.keep({0, 1})
+    until("the other one", lambda: host.is_warm(1))
+    assert host.standbys.take(0) is None

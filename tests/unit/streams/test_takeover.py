@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from itertools import chain, repeat
+from typing import Any
+
 import pytest
 
 from perdure.schemas import codec, topics
@@ -9,7 +12,7 @@ from perdure.schemas.public import Quarantined
 from perdure.schemas.signing import Keys
 from perdure.streams import shard as shard_module
 from perdure.streams.local_engine import engine_kind
-from perdure.streams.log import BEGIN, Member, Record
+from perdure.streams.log import BEGIN, Member, Record, TransactionAborted
 from perdure.streams.memory_log import MemoryLog
 from perdure.streams.processor import Kind, Out, Table, Transaction
 from perdure.streams.shard import Shard
@@ -105,6 +108,49 @@ def test_without_positions_in_a_changelog_a_host_that_was_put_out_commits_nothin
     held = inputs(log)
     assert shard.run_batch(held[:1])
     member.close()
-    tries = iter((True, True, False))
+    tries = chain((True, True), repeat(False))
     assert not shard.run_batch(held[1:], lambda: next(tries))
     assert len(log.records(topics.DEAD_LETTERS.name)) == 1
+
+
+def test_what_is_handed_over_twice_is_executed_once(log: MemoryLog) -> None:
+    """As when it was read before a seek, and comes again."""
+    assert host(log).run_batch([*inputs(log), *inputs(log)])
+    assert executed(log) == list(range(INPUTS))
+
+
+def test_what_the_broker_goes_on_refusing_is_said(
+    log: MemoryLog, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(shard_module, "AGAIN_S", 0.0)
+    shard = host(log)
+    monkeypatch.setattr(shard._producer, "commit", _aborting(shard, 3))
+    assert shard.run_batch(inputs(log))
+    assert executed(log) == list(range(INPUTS))
+    assert [r.message for r in caplog.records if "no right to write" in r.message] == [
+        "engine/0 tries again, the broker refuses: no right to write"
+    ] * 2
+
+
+def _aborting(shard: Shard, times: int) -> Any:
+    commit, left = shard._producer.commit, [times]
+
+    def aborted(*given: Any) -> None:
+        left[0] -= 1
+        if left[0] >= 0:
+            raise TransactionAborted("no right to write")
+        commit(*given)
+
+    return aborted
+
+
+HOUR = 3_600_000
+
+
+@pytest.mark.parametrize(("hours", "noted"), [(0.9, 0), (1.1, 1), (1.9, 1), (2.1, 0), (60.0, 0)])
+def test_who_has_slept_for_long_does_not_call_its_store_fresh(log: MemoryLog, hours: float, noted: int) -> None:
+    """Its partition may have been another's meanwhile: what was deleted there since, it would never learn."""
+    shard = host(log)
+    before = shard.rows_written
+    shard.stay_fresh(shard._as_of + int(hours * HOUR))
+    assert shard.rows_written - before == noted

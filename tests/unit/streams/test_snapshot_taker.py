@@ -1,0 +1,77 @@
+"""Copies that are uploaded beside the work: each whole, whoever else is at it."""
+
+from __future__ import annotations
+
+import os
+import threading
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from perdure.connectors.blobs import DirectoryBlobs
+from perdure.streams.shard import CHANGELOG_POSITION
+from perdure.streams.snapshot_taker import Often, SnapshotDuty, SnapshotTaker
+from perdure.streams.snapshots import Place, Snapshots
+from perdure.streams.store import RocksStore
+from tests.integration.stack import until
+
+PLACE = Place("engine", 0, "changelog-id")
+NOBODY = 2**22 + 1
+"""Above the greatest pid that Linux gives."""
+
+
+class Held(Snapshots):
+    """Uploads when it is let."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(DirectoryBlobs(folder))
+        self.begun, self.let = threading.Event(), threading.Event()
+
+    def upload(self, copy: Path, describe: Any) -> Any:
+        self.begun.set()
+        assert self.let.wait(60)
+        return super().upload(copy, describe)
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> RocksStore:
+    made = RocksStore(tmp_path / "state" / "0")
+    made.apply({b"key": b"value", CHANGELOG_POSITION: (7).to_bytes(8, "big")})
+    return made
+
+
+def duty(taker: SnapshotTaker, store: RocksStore) -> SnapshotDuty:
+    """Of a life of the partition in which much has changed at once."""
+    shard: Any = SimpleNamespace(
+        rows_written=10, bytes_written=0, processor=SimpleNamespace(positions=lambda: {"task-commands": 3})
+    )
+    return SnapshotDuty(taker, shard, store, PLACE, 0)
+
+
+def test_a_copy_under_way_is_left_alone_by_the_next_life_of_its_partition(store: RocksStore, tmp_path: Path) -> None:
+    snapshots = Held(tmp_path / "blobs")
+    taker = SnapshotTaker(snapshots, "test", Often(rows=1))
+    duty(taker, store).consider(1_000)
+    assert snapshots.begun.wait(60)
+    later = duty(taker, store)
+    later.consider(2_000)
+    assert taker.copies.empty()
+    snapshots.let.set()
+    until("its end", lambda: not taker.uploading)
+    later.consider(3_000)
+    until("the next one", lambda: len(snapshots.names(PLACE)) == 2)
+    taker.close(10.0)
+    store.close()
+
+
+def test_what_was_left_by_those_who_are_gone_is_swept(store: RocksStore, tmp_path: Path) -> None:
+    folder = store.path.parent
+    for pid in (NOBODY, os.getpid(), os.getppid()):
+        (folder / f"copy-{pid}").mkdir()
+    taker = SnapshotTaker(Snapshots(DirectoryBlobs(tmp_path / "blobs")), "test", Often(rows=1))
+    duty(taker, store).consider(1_000)
+    taker.close(10.0)
+    assert [path.name for path in folder.glob("copy-*")] == [f"copy-{os.getppid()}"]
+    store.close()
