@@ -98,7 +98,7 @@ PROTECTIONS = {
         seed=0,
     ),
     "an aborted transaction drops the overlay": Protection(
-        Shard.run_batch, "self.processor.rolled_back()\n            continue", "continue", seed=29
+        Shard.run_batch, "self.processor.rolled_back()\n            failures += 1", "failures += 1", seed=29
     ),
     "an unknown outcome is not taken for a commit": Protection(
         Shard.run_batch,
