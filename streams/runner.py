@@ -233,7 +233,7 @@ class Runner:
 
     def _tell(self, lanes: Iterable[Lane]) -> None:
         """Let the group's offsets show how far its partitions are, for lags and to notice a lost changelog."""
-        if not self.kind.positions_in_changelog:
+        if self.kind.plain_changelog:
             return  # part of each transaction there
         self._told_at = time.monotonic()
         reached = {where: offset for lane in lanes for where, offset in lane.reached.copy().items()}

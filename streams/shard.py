@@ -5,6 +5,7 @@ A batch goes through numbered steps:
   2. begin a transaction and write outputs and changelog, the input position among its rows;
   3. commit it;
   4. write the overlay to the store, changelog position included, in one batch.
+Without a changelog and without outputs there is nothing to commit: the store alone says how far it is.
 A crash between 3 and 4 leaves the store behind the changelog, never ahead: `recover` reads the rest. An aborted
 transaction drops the overlay and executes the same records again.
 """
@@ -253,7 +254,19 @@ class Shard:
         began = time.thread_time()
         out, writes = self._execute_all(records)
         self.record_cpu_s = (time.thread_time() - began) / max(1, len(records))
-        # 2
+        positions = self.processor.positions()
+        reached = {(t, self.partition): positions[t] for t in {r.topic for r in records}}
+        # 2, 3
+        if out or self.kind.changelog is not None:
+            self._commit(out, writes, reached)
+        # 4
+        if self._changelog_next is not None:
+            writes[CHANGELOG_POSITION] = self._changelog_next.to_bytes(8, "big")
+        self._apply(writes)
+        self.processor.committed()
+        self.reached.update(reached)
+
+    def _commit(self, out: list[Out], writes: dict[bytes, bytes | None], reached: Mapping[TopicPartition, int]) -> None:
         producer = self._producer
         failpoints.passed("before-begin")
         producer.begin()
@@ -264,20 +277,11 @@ class Shard:
                 producer.append_all(self.kind.changelog, self.partition, rows[:-1])
                 producer.append(self.kind.changelog, self.partition, *rows[-1], self._noted)
             failpoints.passed("after-produce")
-            # 3
-            positions = self.processor.positions()
-            reached = {(t, self.partition): positions[t] for t in {r.topic for r in records}}
             producer.commit(self._member, {} if self.kind.positions_in_changelog else reached)
         except TransactionAborted:
             producer.abort()
             raise
         failpoints.passed("after-commit-before-write")
-        # 4
-        if self._changelog_next is not None:
-            writes[CHANGELOG_POSITION] = self._changelog_next.to_bytes(8, "big")
-        self._apply(writes)
-        self.processor.committed()
-        self.reached.update(reached)
 
     def _apply(self, writes: dict[bytes, bytes | None]) -> None:
         """Write what makes the store equal to the changelog as it is now."""

@@ -112,7 +112,8 @@ class SnapshotDuty:
     def _sweep(self) -> None:
         """Delete what interrupted uploads have left: of this process, and of those that are gone."""
         for path in self._path.parent.glob(f"{_COPY}*"):
-            if path == self._path or not _lives(int(path.name.removeprefix(_COPY))):
+            pid = path.name.removeprefix(_COPY).removesuffix(".tmp")  # as RocksDB calls a copy that is being made
+            if pid.isdecimal() and (int(pid) == os.getpid() or not _lives(int(pid))):
                 shutil.rmtree(path, ignore_errors=True)
 
     def failed(self, error: Exception) -> None:

@@ -68,8 +68,8 @@ def test_a_copy_under_way_is_left_alone_by_the_next_life_of_its_partition(store:
 
 def test_what_was_left_by_those_who_are_gone_is_swept(store: RocksStore, tmp_path: Path) -> None:
     folder = store.path.parent
-    for pid in (NOBODY, os.getpid(), os.getppid()):
-        (folder / f"copy-{pid}").mkdir()
+    for left in (NOBODY, f"{NOBODY}.tmp", f"{os.getpid()}.tmp", os.getpid(), os.getppid()):
+        (folder / f"copy-{left}").mkdir()
     taker = SnapshotTaker(Snapshots(DirectoryBlobs(tmp_path / "blobs")), "test", Often(rows=1))
     duty(taker, store).consider(1_000)
     taker.close(10.0)

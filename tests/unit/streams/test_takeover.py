@@ -113,6 +113,33 @@ def test_without_positions_in_a_changelog_a_host_that_was_put_out_commits_nothin
     assert len(log.records(topics.DEAD_LETTERS.name)) == 1
 
 
+def test_what_leads_to_no_record_needs_no_transaction(log: MemoryLog, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The store says how far it is, and the group is told, for who looks at lags."""
+    begun: list[object] = []
+
+    def sometimes(record: Record, t: Transaction) -> None:
+        t.put(b"last", record.value)
+        if record.offset == 3:
+            _echo(record, t)
+
+    def begins() -> None:
+        begun.append(1)
+        begin()
+
+    kind = Kind("echo", (topics.COMMANDS.name,), None, lambda store, _: Table("echo", store, sometimes, kind.inputs))
+    store, member, held = MemoryStore(), member_of(log), inputs(log)
+    shard = Shard(kind, 0, log=log, store=store, member=member, transactional_id="echo.0")
+    begin = shard._producer.begin
+    monkeypatch.setattr(shard._producer, "begin", begins)
+    for record in held:
+        assert shard.run_batch([record])
+    assert len(begun) == len(log.records(topics.DEAD_LETTERS.name)) == 1
+    assert shard.reached == {(topics.COMMANDS.name, 0): INPUTS}
+    assert store.get(b"last") == held[-1].value
+    again = Shard(kind, 0, log=log, store=store, member=member, transactional_id="echo.0")
+    assert again.start_positions() == {topics.COMMANDS.name: INPUTS}
+
+
 def test_what_is_handed_over_twice_is_executed_once(log: MemoryLog) -> None:
     """As when it was read before a seek, and comes again."""
     assert host(log).run_batch([*inputs(log), *inputs(log)])
