@@ -17,7 +17,7 @@ from typing import Any
 
 from perdure import channel, context, exchange, failures, tracks
 from perdure.carriage import Carriage
-from perdure.checkpoint import NOTHING, Content, interval_ms
+from perdure.checkpoint import NOTHING, Content, TaskCheckpoints, interval_ms
 from perdure.clock import Clock
 from perdure.connectors import checkpoints
 from perdure.connectors.checkpoints import CheckpointStore
@@ -26,7 +26,7 @@ from perdure.context import AsyncContext, Context, State, running_step
 from perdure.exchange import Call, Channel, Exchange, Flow
 from perdure.failures import AttemptStop, StepOutcomeUnknown
 from perdure.schemas import codec, limits, values
-from perdure.schemas.common import CheckpointRef, StepRecord
+from perdure.schemas.common import StepRecord
 from perdure.schemas.errors import ConfigurationError, InvalidRequest, PerdureError, StepError, StepMismatch
 from perdure.schemas.inbox import RunAttempt, StepPage
 from perdure.steps import OpenStep, RecordedSteps, differences, hash_arguments, name_of, unwrapped
@@ -57,7 +57,8 @@ class Attempt:
         self.config: dict[str, Any] = values.loads(grant.agent_config) if grant.agent_config else {}
         self.started_at = 0
         self.deadline = grant.deadline
-        self._type, self._store, self._clock = task_type, store, clock
+        self._type, self._clock = task_type, clock
+        self._checkpoints = TaskCheckpoints(store, grant.task_id, self.log)
         self.exchange = Exchange(way, grant.task_id, grant.epoch)
         self._carriage = Carriage(large or LargeValues(), grant.task_id, self.log, self._poll_and_check, self._final)
         self.sections = Sections(is_async=task_type.is_async)
@@ -158,7 +159,7 @@ class Attempt:
             raise ConfigurationError(f"there is no checkpoint store {self.grant.policy.checkpoint_storage!r} here; "
                                      f"this worker has: {checkpoints.LOCAL}")  # fmt: skip
         if self.grant.checkpoint is not None:
-            self._restore((yield Call(self._load, (self.grant.checkpoint,), blocking=True)))
+            self._restore((yield Call(self._checkpoints.load, (self.grant.checkpoint,), blocking=True)))
         # The first page comes unasked. It is read before user code may keep us from reading for hours.
         if not self._recorded.complete:
             yield functools.partial(self._recorded.went_on, "")
@@ -402,14 +403,15 @@ class Attempt:
         text, digest = self._captured()
         if always or digest != self._kept:
             version = self._version + 1
-            saved = yield Call(self._store_text, (version, text), blocking=True)
+            saved = yield Call(self._checkpoints.save, (version, text, always), blocking=True)
             self._last_save_ms = self._clock.monotonic_ms() - began
-            number = self.exchange.post(
-                channel.Checkpoint, version=version, **saved._asdict(), positions=dict(self.positions)
-            )
-            yield self.exchange.acked(number)
-            self._version, self._kept = version, digest
-            yield Call(checkpoints.prune, (self._store, self.grant.task_id, self._accepted), blocking=True)
+            if saved is not None:
+                number = self.exchange.post(
+                    channel.Checkpoint, version=version, **saved._asdict(), positions=dict(self.positions)
+                )
+                yield self.exchange.acked(number)
+                self._version, self._kept = version, digest
+                yield Call(self._checkpoints.prune, (self._accepted,), blocking=True)
         self._saved_at = self._clock.monotonic_ms()
 
     def _captured(self) -> tuple[tuple[bytes, ...], bytes]:
@@ -428,12 +430,6 @@ class Attempt:
             return content.text()
         except PerdureError as error:
             raise self._final(error) from None
-
-    def _store_text(self, version: int, text: tuple[bytes, ...]) -> checkpoints.Saved:
-        return self._store.save(self.grant.task_id, version, checkpoints.pack(*text))
-
-    def _load(self, ref: CheckpointRef) -> Content:
-        return Content.of(checkpoints.unpack(self._store.load(ref.uri, ref.sha256)))
 
     def _restore(self, content: Content) -> None:
         self.state = State(content.state)

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from dataclasses import dataclass
 from typing import Any
 
+from perdure.connectors import checkpoints
+from perdure.connectors.checkpoints import CheckpointStore, Saved
 from perdure.schemas import limits, values
+from perdure.schemas.common import CheckpointRef
 from perdure.schemas.errors import InfrastructureError
 
 STATE_MAX = 1 << 30
@@ -54,6 +58,36 @@ def _digest(state: bytes, positions: dict[str, int]) -> bytes:
     digest = hashlib.sha256(state)
     digest.update(values.dumps(moved, field="positions"))
     return digest.digest()
+
+
+class TaskCheckpoints:
+    """The checkpoints of one task in its store. All methods block."""
+
+    def __init__(self, store: CheckpointStore, task_id: str, log: logging.Logger) -> None:
+        self._store, self._task_id, self._log = store, task_id, log
+
+    def save(self, version: int, text: tuple[bytes, ...], must: bool) -> Saved | None:
+        """Keep a content's text. None: it could not be kept, which is said: it costs time at the next resume, never the
+        attempt. `must`: then raise the `InfrastructureError`.
+        """
+        try:
+            return self._store.save(self._task_id, version, checkpoints.pack(*text))
+        except InfrastructureError as error:
+            if must:
+                raise
+            self._log.warning("%s. It is tried again; until then a resume begins at an older checkpoint", error)
+            return None
+
+    def load(self, ref: CheckpointRef) -> Content:
+        """What was saved. Raises `NotFound` or another `InfrastructureError`."""
+        return Content.of(checkpoints.unpack(self._store.load(ref.uri, ref.sha256)))
+
+    def prune(self, recorded: int) -> None:
+        """Delete what version `recorded` has made unnecessary; what cannot be deleted stays until the next time."""
+        try:
+            checkpoints.prune(self._store, self._task_id, recorded)
+        except (InfrastructureError, OSError) as error:
+            self._log.warning("older checkpoints are not deleted: %s", error)
 
 
 NOTHING = _digest(b"{}", {})

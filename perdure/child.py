@@ -264,7 +264,11 @@ class ProcessChild:
             self._terminated(signal.SIGTERM, None)
 
     def _terminated(self, _signum: int, _frame: FrameType | None) -> None:
-        """SIGTERM: the grace of a stop is over, so user code is interrupted where it stands."""
+        """SIGTERM: the grace of a stop is over, so user code is interrupted where it stands.
+
+        Without a stop it is a service manager's word to the whole service: the supervisor hears it as well, and has us
+        finish.
+        """
         if self._undivided:
             self._signalled = True
             return
@@ -273,8 +277,6 @@ class ProcessChild:
         stop = self._attempt.interrupt()
         if stop is not None:
             raise stop
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        os.kill(os.getpid(), signal.SIGTERM)
 
 
 class AsyncChannel:

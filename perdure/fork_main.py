@@ -54,6 +54,9 @@ class Server:
         """Work until the supervisor is gone, then end everything."""
         process.adopt_orphans()
         signal.signal(signal.SIGCHLD, lambda _signum, _frame: None)
+        # A service manager tells all processes of a service to end. The supervisor then has its children finish, and
+        # without us they would be killed. A function: `SIG_IGN` would be handed on to the programs that tasks start.
+        signal.signal(signal.SIGTERM, lambda _signum, _frame: None)
         signal.set_wakeup_fd(self._wake, warn_on_full_buffer=False)
         poller = select.poll()
         poller.register(self._control, select.POLLIN)
@@ -131,7 +134,7 @@ class Server:
         """Kill the descendants that came to us when their parents ended; theirs come at their own end."""
         for stray in psutil.Process().children():
             if stray.pid not in self._children and stray.pid not in self._helpers:
-                with suppress(ProcessLookupError):
+                with suppress(ProcessLookupError, PermissionError):  # as one that is another user's
                     os.kill(stray.pid, signal.SIGKILL)
 
     def _end_all(self) -> None:

@@ -175,8 +175,12 @@ class Session:
         return now >= self.stale_at
 
     def orphaned(self, now: int) -> bool:
-        """Whether nothing has been heard for so long that the session's tasks are given up."""
-        return now - self.heard > limits.ORPHAN_AFTER_MS
+        """Whether nothing has been heard for so long that the session's tasks are given up.
+
+        One that runs nothing has none. To begin another each ten minutes of an outage would have the engine supersede
+        them one after the other when it is over, each with the tasks that it has just been granted.
+        """
+        return self.running > 0 and now - self.heard > limits.ORPHAN_AFTER_MS
 
 
 class Sessions:

@@ -346,7 +346,7 @@ def _no_strays() -> Iterator[None]:
         yield
     finally:
         for stray in set(psutil.Process().children(recursive=True)) - before:
-            with suppress(psutil.NoSuchProcess):
+            with suppress(psutil.Error):
                 stray.kill()
 
 

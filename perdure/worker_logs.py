@@ -6,6 +6,7 @@ lines are left out and counted, and tasks and reports are not held up.
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import socket
@@ -22,9 +23,10 @@ from perdure.schemas.inbox import RunAttempt
 from perdure.schemas.public import LogLine, WorkerMetrics
 from perdure.streams.log import Producer
 
+LOG = logging.getLogger("perdure.worker")
 LINES_PER_S = 1_000
 LINES_BURST = 5_000
-LINE_COST = 1_024
+LINE_COST = METRICS_COST = 1_024
 """Bytes of a line that count as one line for the cap, so that it bounds bytes as well."""
 WAITING_MAX = 16 * 1024 * 1024
 """Bytes of lines that may wait for the broker."""
@@ -175,18 +177,20 @@ class LogWriter(threading.Thread):
     def __init__(self, producer: Producer, machine: Machine, fail: Callable[[Exception], None]) -> None:
         super().__init__(name="perdure-logs", daemon=True)
         self._producer, self._machine, self._fail = producer, machine, fail
-        self._waiting: deque[tuple[int, Callable[[], None]]] = deque()
+        self._waiting: deque[Callable[[], None]] = deque()
         self._bytes = 0
+        """Of what waits here, or in the producer to be acknowledged: in an outage that is where it gathers."""
         self._closing = False
         self._changed = threading.Condition()
 
     def offer(self, partition: int, line: LogLine) -> bool:
         """Take a line to append; False when too much waits already. Does not block."""
-        return self._put(len(line.text) + LINE_COST, lambda: self._append_line(partition, line))
+        weight = len(line.text) + LINE_COST
+        return self._put(weight, lambda: self._append(weight, topics.LOGS.name, partition, line.task_id, line))
 
     def measure(self, activity: Activity, at: int) -> None:
         """Measure and append metrics soon. Does not block."""
-        self._put(0, lambda: self._append_metrics(activity, at))
+        self._put(METRICS_COST, lambda: self._append_metrics(activity, at))
 
     def run(self) -> None:
         try:
@@ -208,7 +212,7 @@ class LogWriter(threading.Thread):
             if self._bytes + weight > WAITING_MAX:
                 return False
             self._bytes += weight
-            self._waiting.append((weight, append))
+            self._waiting.append(append)
             self._changed.notify()
             return True
 
@@ -218,14 +222,21 @@ class LogWriter(threading.Thread):
                 if self._closing:
                     return None
                 self._changed.wait()
-            weight, append = self._waiting.popleft()
-            self._bytes -= weight
-            return append
+            return self._waiting.popleft()
 
-    def _append_line(self, partition: int, line: LogLine) -> None:
-        self._producer.append(topics.LOGS.name, partition, line.task_id.encode(), codec.encode(line))
+    def _append(self, weight: int, topic: str, partition: int, key: str, record: LogLine | WorkerMetrics) -> None:
+        self._producer.append(topic, partition, key.encode(), codec.encode(record), lambda *_: self._free(weight))
+
+    def _free(self, weight: int) -> None:
+        with self._changed:
+            self._bytes -= weight
 
     def _append_metrics(self, activity: Activity, at: int) -> None:
-        record = self._machine.metrics(activity, at)
-        key = self._machine.worker_id.encode()
-        self._producer.append(topics.METRICS.name, self._machine.partition, key, codec.encode(record))
+        try:
+            record = self._machine.metrics(activity, at)
+        except (OSError, psutil.Error) as error:  # a figure is not worth a task
+            LOG.warning("no metrics: %s", error)
+            self._free(METRICS_COST)
+            return
+        worker_id, partition = self._machine.worker_id, self._machine.partition
+        self._append(METRICS_COST, topics.METRICS.name, partition, worker_id, record)

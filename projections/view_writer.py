@@ -235,7 +235,11 @@ class ViewWriter:
         self._db.execute(f"INSERT OR REPLACE INTO {table} VALUES ({', '.join('?' * len(values))})", values)  # noqa: S608
 
     def _prune(self, read: set[str]) -> None:
-        """Drop what is older than kept, by log time: the same records leave the same rows, whenever they are read."""
+        """Drop what is older than kept, by log time: the same records leave the same rows, whenever they are read.
+
+        A time that is ahead of this machine counts as now: else one record of a clock that leapt would take all others
+        away, and all that follow, until that time has come.
+        """
         kept = {
             topics.EVENTS.name: ("events", self._retention.events_ms),
             topics.LOGS.name: ("logs", self._retention.logs_ms),
@@ -243,7 +247,8 @@ class ViewWriter:
         }
         for topic in read & kept.keys():
             table, ms = kept[topic]
-            self._db.execute(f"DELETE FROM {table} WHERE at < (SELECT max(at) FROM {table}) - ?", (ms,))  # noqa: S608
+            newest = f"min((SELECT max(at) FROM {table}), ?)"  # noqa: S608
+            self._db.execute(f"DELETE FROM {table} WHERE at < {newest} - ?", (self._clock(), ms))  # noqa: S608
 
     def _quarantine(self, r: Record, error: DecodeError) -> None:
         value = r.value or b""

@@ -146,6 +146,7 @@ class Tick:
 
     due: A[int, "Log time at which the earliest timer was due, ms."]
     host_clock: A[int, "The host's own clock when it appended the tick, ms."]
+    executed: A[int, "Offset before which all inputs were executed and committed then; 0: not said."] = 0
 
 
 @record("hosts")

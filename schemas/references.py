@@ -49,7 +49,7 @@ def parse(data: bytes) -> Reference:
     try:
         if not is_reference(data) or len(data) > limits.REFERENCE_MAX:
             raise ValueError(f"begins with {data[:1]!r}, {len(data):,} bytes")
-        content = json.loads(data[1:])
+        content = json.loads(data[1:].decode())
         if {name: type(value) for name, value in content.items()} != _FIELDS:
             raise ValueError("it has other fields")
         found = Reference(**content)

@@ -111,6 +111,7 @@ class Lease:
     task_id: A[str, "The task."]
     epoch: A[int, "The grant's epoch."]
     granted: A[int, "Partition time of the grant, ms."]
+    by: A[int, "Offset of the input that it was given by."] = 0
 
 
 @record("rows")
@@ -191,6 +192,9 @@ class Session:
     grants_seen: A[int, "Grants the worker has read."] = 0
     running: A[int, "Grants that hold a slot."] = 0
     full: A[bool, "Whether it declined a grant since its last beat."] = False
+    readable: A[int, "Grants by inputs before this offset could be read for a lease or longer."] = 0
+    telling: A[int, "Grants by inputs before this offset could be read since the next field."] = 0
+    telling_since: A[int, "Partition time, ms."] = 0
 
 
 @record("rows")

@@ -111,7 +111,9 @@ class Duties:
         wanted = self._engine.next_tick()
         if wanted is not None and now >= max(wanted, self._next_tick_at(wanted, now)):
             self._tick_sent, self._tick_offset = now, None
-            tick = codec.encode(Tick(due=wanted or now, host_clock=now))
+            position = self._engine.state.position
+            executed = 0 if position is None else position.offset
+            tick = codec.encode(Tick(due=wanted or now, host_clock=now, executed=executed))
             self._producer.append(topics.COMMANDS.name, self._partition, None, tick, self._tick_appended)
 
     def _tick_appended(self, offset: int, error: InfrastructureError | None) -> None:

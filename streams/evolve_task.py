@@ -123,7 +123,7 @@ def _granted(s: State, e: events.TaskGranted) -> None:
     s.put(
         tables.leases(e.session),
         tables.number(e.grant),
-        rows.Lease(task_id=e.task_id, epoch=e.epoch, granted=task.due(0)),
+        rows.Lease(task_id=e.task_id, epoch=e.epoch, granted=task.due(0), by=e.cause.offset),
     )
     session = s.sessions.get(e.session)
     if session is not None:

@@ -48,7 +48,11 @@ def started(s: State, m: Moment, record: WorkerStarted) -> Outputs:
 
 
 def beat(s: State, m: Moment, record: WorkerBeat) -> Outputs:
-    """A session is alive; grants it has not read within a lease are lost."""
+    """A session is alive; grants that it could read for a lease, and has not, are lost.
+
+    Since when it could is not the time of the input that they were given by: an engine that was away, or is behind,
+    executes that input later, and the beats that follow it in the log were sent before. See `tell`.
+    """
     session = s.sessions.get(record.session)
     if session is None or session.state == "ended":
         yield rejected(s, m, "stale_session", "WorkerBeat", record.session)
@@ -64,8 +68,20 @@ def beat(s: State, m: Moment, record: WorkerBeat) -> Outputs:
     if seen < session.grants:
         start = tables.number(seen + 1)
         for _, lease in list(islice(s.scan(tables.leases(record.session), start=start), limits.CHUNK)):
-            if lease.granted + limits.LEASE_MS < m.now:
+            if lease.by < session.readable:
                 yield from task_lifecycle.lost(s, m, lease.task_id, "unseen")
+
+
+def tell(s: State, m: Moment, executed: int) -> Outputs:
+    """A tick says that all inputs before `executed` were committed when it was appended: what they have granted can be
+    read from now on at the latest. Twice a lease is long enough to tell a loss from what is on its way.
+    """
+    for session in sorted(s.sessions.values(), key=lambda w: w.session):
+        due = next_telling(session)
+        if due is not None and (m.now >= due or session.telling_since > m.now):
+            yield _note(replace(
+                session, readable=session.telling, telling=min(executed, m.cause.offset), telling_since=m.now
+            ))  # fmt: skip
 
 
 def stopping(s: State, m: Moment, record: WorkerStopping) -> Outputs:
@@ -153,6 +169,13 @@ def next_look(session: Session) -> int | None:
     if session.state == "ended":
         return None
     return session.suspected + limits.BEAT_MS if session.suspected else term_ends(session)
+
+
+def next_telling(session: Session) -> int | None:
+    """Partition time from which on a tick has something to say of grants that the session's last beat had not seen."""
+    if session.state == "ended" or session.grants_seen >= session.grants:
+        return None
+    return max(session.telling_since + limits.LEASE_MS, session.beat + limits.BEAT_MS // 2)
 
 
 def rejected(s: State, m: Moment, why: str, report: str, session: str, detail: str = "") -> events.ReportRejected:

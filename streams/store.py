@@ -146,7 +146,7 @@ class RocksStore:
 
     def _failed(self, doing: str, error: Exception) -> InfrastructureError:
         text = f"the store {self.path} cannot be {doing}: {error}"
-        if "lock" in str(error).lower() and doing == "opened":
+        if _is_locked(error):
             return StoreLocked(text)
         if "corruption" in str(error).lower() or "invalid argument" in str(error).lower():
             (self.path / _DAMAGED).touch()
@@ -164,10 +164,16 @@ def destroy(path: Path) -> None:
     try:
         Rdict.destroy(str(path), _options())
     except Exception as error:
-        if "lock" in str(error).lower():
+        if _is_locked(error):
             raise StoreLocked(f"the store {path} is open: {error}") from error
         raise InfrastructureError(f"the store {path} cannot be deleted: {error}") from error
     shutil.rmtree(path, ignore_errors=True)
+
+
+def _is_locked(error: Exception) -> bool:
+    """In RocksDB's words: a path, and a damaged block, have a lock in them too."""
+    text = str(error).lower()
+    return "while lock file" in text or "lock hold by" in text
 
 
 _DAMAGED = "damaged"

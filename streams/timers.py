@@ -37,6 +37,7 @@ def tick(s: State, m: Moment, record: Tick) -> Outputs:
         yield Note(tables.MARKS, SKEW, None)
     if m.at - record.due > limits.BEAT_MS or leases.overdue(s, m):
         yield from leases.restart(s, m)
+    yield from leases.tell(s, m, record.executed)
     yield from clock.settle(s, m, next(s.scan(tables.WINDOW), None) is not None)
     yield from _go_on(s, m)
     yield from _fire(s, m, tables.START_TIMERS, m.at)
@@ -183,6 +184,7 @@ def next_tick(s: State) -> int | None:
         return AT_ONCE
     if next(s.scan(tables.WINDOW), None) is not None:
         return AT_ONCE
-    looks = [look - s.clock.offset for w in s.sessions.values() if (look := leases.next_look(w)) is not None]
+    wanted = (look for w in s.sessions.values() for look in (leases.next_look(w), leases.next_telling(w)))
+    looks = [look - s.clock.offset for look in wanted if look is not None]
     due = s.next_due()
     return min(looks if due is None else [*looks, due], default=None)

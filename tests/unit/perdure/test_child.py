@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import time
 from collections.abc import Iterator
@@ -170,16 +171,20 @@ def test_a_cancelled_attempt_that_reaches_no_boundary_is_interrupted_by_sigterm(
     assert ran.exited.exit_code == 0
 
 
-def test_sigterm_without_a_stop_ends_the_process(supervisor: Supervisor, tmp_path: Path) -> None:
+def test_sigterm_without_a_stop_is_left_to_the_supervisor(supervisor: Supervisor, tmp_path: Path) -> None:
+    """A service manager tells every process of a service: the fork server and its children go on until they are told."""
     child = supervisor.spawn()
 
     def terminate(frame: channel.Frame) -> None:
         if isinstance(frame, channel.Milestone):
+            os.kill(supervisor.server._process.pid, signal.SIGTERM)
+            supervisor.server.kill(child, signal.SIGTERM)
+            child.connection.send(channel.Stop("q/t", frame.epoch, "cancelled"))
             supervisor.server.kill(child, signal.SIGTERM)
 
     ran = supervisor.run(child, "waits", {"path": str(tmp_path / "note")}, terminate)
-    assert ran.exited is not None
-    assert ran.exited.signal == signal.SIGTERM
+    assert isinstance(ran.last, channel.Stopped)
+    assert supervisor.server._process.poll() is None
 
 
 @pytest.mark.parametrize("pause", range(12))

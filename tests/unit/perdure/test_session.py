@@ -99,6 +99,8 @@ def test_a_session_counts_as_heard_since_its_newest_acknowledged_beat_was_sent(
     assert not session.stale(10_000)
     assert session.stale(10_001)
     assert heard == [session] * 3
+    assert not session.orphaned(602_001), "it runs nothing"
+    session.take_slot()
     assert not session.orphaned(602_000)
     assert session.orphaned(602_001)
 

@@ -7,6 +7,7 @@ import json
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from perdure.checkpoint import interval_ms
 from perdure.connectors import checkpoints
 from perdure.context import Context
 from perdure.schemas import limits
-from perdure.schemas.errors import StepError
+from perdure.schemas.errors import InfrastructureError, StepError
 from tests.unit.perdure.attempting import TASK, engine_for, failure_of, once, result_of
 
 
@@ -371,3 +372,44 @@ def test_a_track_in_a_thread_is_gone_through_without_a_position() -> None:
     assert [step.step_id for step in way.of(channel.Step)] == [f"side@{i:012d}/s" for i in range(3)]
     assert way.of(channel.Checkpoint)[0].positions == {}
     assert engine.run().of(channel.Step) == []
+
+
+class Full(checkpoints.LocalCheckpoints):
+    """A store on a disk that is full, and takes no more after some."""
+
+    left = 0
+
+    def save(self, task_id: str, version: int, data: bytes) -> checkpoints.Saved:
+        if self.left <= 0:
+            raise InfrastructureError("the checkpoint cannot be written: No space left on device")
+        self.left -= 1
+        return super().save(task_id, version, data)
+
+    def delete(self, uri: str) -> None:
+        raise OSError("Input/output error")
+
+
+@pytest.mark.parametrize("left", [0, 2, 100])
+def test_a_store_that_takes_no_more_costs_no_attempt(left: int, tmp_path: Path, caplog: Any) -> None:
+    def job(ctx: Context) -> None:
+        for i in ctx.track(range(10)):
+            ctx.state["i"] = i
+            engine.clock.now += 1_000
+
+    store = Full(tmp_path)
+    store.left = left
+    engine = engine_for(job, checkpoint_interval="1s")
+    engine.store = store
+    assert isinstance(engine.run().last, channel.Completed)
+    assert (engine.checkpoint.version if engine.checkpoint else 0) == min(left, 10)
+    assert ("No space left" in caplog.text) == (left < 10)
+
+
+def test_a_checkpoint_that_was_asked_for_fails_where_the_store_does(tmp_path: Path) -> None:
+    def job(ctx: Context) -> None:
+        ctx.state["n"] = 1
+        ctx.checkpoint()
+
+    engine = engine_for(job)
+    engine.store = Full(tmp_path)
+    assert isinstance(engine.run().last, channel.Failed)

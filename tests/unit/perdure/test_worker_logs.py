@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -10,6 +13,7 @@ from perdure.schemas.inbox import RunAttempt
 from perdure.schemas.public import LogLine, WorkerMetrics
 from perdure.streams.memory_log import MemoryLog
 from perdure.worker_logs import Activity, AttemptLog, Lines, LogWriter, Machine, RateCap
+from tests.integration.stack import until
 
 GRANT = RunAttempt(
     worker_id="w", session="s", grant=1, task_id="etl/1", type="t", input=b"{}", policy=Policy(retry=Retry()),
@@ -162,3 +166,31 @@ def test_cpu_is_measured_between_two_samples(tmp_path: Path) -> None:
     for i in range(3_000_000):
         total += i
     assert machine.metrics(activity, 11_000).cpu_percent > 0
+
+
+def test_lines_that_the_producer_holds_count_until_the_broker_has_them(tmp_path: Path) -> None:
+    """In an outage they gather there, for a day if need be."""
+    held: list[Callable[[int, None], None]] = []
+    producer: Any = SimpleNamespace(append=lambda *given: held.append(given[-1]), close=lambda: None)
+    writer = LogWriter(producer, Machine("w", tmp_path, "store", 8), _fail)
+    writer.start()
+    line = LogLine(
+        task_id="etl/1", epoch=1, attempt=1, worker_id="w", number=1, at=1, stream="stdout", text="x" * 60_000
+    )
+    taken = sum(writer.offer(5, line) for _ in range(1_000))
+    assert 200 < taken < 300
+    until("all of them are with the producer", lambda: len(held) == taken)
+    assert not writer.offer(5, line)
+    held[0](1, None)
+    assert writer.offer(5, line)
+    writer.close(10)
+
+
+def test_figures_that_cannot_be_had_are_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    log = MemoryLog(lambda: 1)
+    writer = LogWriter(log.producer(), Machine("w", tmp_path / "gone", "store", 8), _fail)
+    writer.start()
+    writer.measure(Activity("s", ["etl"], 3, [], "running"), 10_000)
+    writer.close(10)
+    assert not log.records("worker-metrics")
+    assert "no metrics" in caplog.text

@@ -286,6 +286,7 @@ def test_only_recent_events_logs_and_workers_are_kept(log: MemoryLog, path: Path
     clock.now = 5_001
     append(log, "task-logs", "etl/1", line("etl/1", 2))
     append(log, "worker-metrics", "new", metrics("new"))
+    clock.now = 12_001
     views = filled(log, path, retention=keep)
     assert [e.at for e in views.events("etl/1").rows] == [2_000, 3_000, 4_000, 12_000]
     assert [n.record.number for n in views.logs("etl/1").rows] == [2]
@@ -294,6 +295,16 @@ def test_only_recent_events_logs_and_workers_are_kept(log: MemoryLog, path: Path
     path.unlink()
     filled(log, path, retention=keep)
     assert content(path) == kept
+
+
+def test_a_record_of_a_clock_that_leapt_takes_no_others_away(log: MemoryLog, path: Path, clock: Clock) -> None:
+    story = Story("etl/1", at=0).running()
+    story.then(events.MilestoneReached, at=10**12, name="ahead")
+    story.then(events.TaskCompleted, at=6_000)
+    tell(log, story)
+    clock.now = 7_000
+    views = filled(log, path, retention=Retention(events_ms=10_000, logs_ms=1, workers_ms=1))
+    assert len(views.events("etl/1").rows) == 6
 
 
 # How far it is --------------------------------------------------------------------------------------------------------

@@ -277,8 +277,8 @@ def test_a_field_that_the_class_has_no_more_is_dropped() -> None:
     schema = avro_schema(Tick)
     older = schema | {"fields": [*schema["fields"], {"name": "gone", "type": "string", "doc": "Was here."}]}
     codec.read_also(older)
-    assert decode(b"\xc3\x01" + codec.schema_fingerprint(older) + long(1) + long(2) + text("x")) == Tick(
-        due=1, host_clock=2
+    assert decode(b"\xc3\x01" + codec.schema_fingerprint(older) + long(1) + long(2) + long(3) + text("x")) == Tick(
+        due=1, host_clock=2, executed=3
     )
 
 

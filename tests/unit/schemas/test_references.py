@@ -47,7 +47,8 @@ def test_a_value_that_looks_like_one_is_a_value(value: Any) -> None:
     b" " + ONE.encode(), ONE.encode() + b"x", fields(more=1), fields(day="1"), fields(day=-1), fields(day=1.5),
     fields(day=10**9), fields(size=True), fields(size=limits.VALUE_MAX), fields(size=limits.LARGE_VALUE_MAX + 1),
     fields(sha256="ab" * 31), fields(sha256="AB" * 32), fields(sha256="../" * 21 + "x"), fields(preview=None),
-    fields(preview="x" * limits.REFERENCE_MAX),
+    fields(preview="x" * limits.REFERENCE_MAX), b"@" + ONE.encode()[1:].decode().encode("utf-16"),
+    ONE.encode()[:-2] + b'\xed\xa0\x80"}',
 ])  # fmt: skip
 def test_other_bytes_are_no_reference(data: bytes) -> None:
     with pytest.raises(DecodeError):

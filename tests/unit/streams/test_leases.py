@@ -231,16 +231,20 @@ def test_the_silence_of_one_worker_costs_the_others_nothing() -> None:
 # Grants that are not seen, not started, declined ---------------------------------------------------------------------
 
 
+def beat_on(world: World, worker: ScriptedWorker, beats: int) -> None:
+    """So many beats that have seen no grant."""
+    for _ in range(beats):
+        world.advance(BEAT)
+        worker.beat(grants_seen=0)
+
+
 def test_a_grant_that_is_not_seen_within_a_lease_is_lost_although_beats_arrive() -> None:
     world = World()
     worker = ScriptedWorker(world, slots=1).start()
     task_id = world.submit()
-    for _ in range(LEASE // BEAT):
-        world.advance(BEAT)
-        worker.beat(grants_seen=0)
+    beat_on(world, worker, LEASE // BEAT)
     assert not losses(world)
-    world.advance(BEAT)
-    worker.beat(grants_seen=0)
+    beat_on(world, worker, LEASE // BEAT + 2)
     assert losses(world) == ["unseen"]
     assert world.task(task_id).epoch == 2
 
@@ -250,10 +254,25 @@ def test_beats_cannot_see_more_grants_than_were_given() -> None:
     worker = ScriptedWorker(world, slots=1).start()
     worker.beat(grants_seen=1_000_000)
     world.submit()
-    for _ in range(LEASE // BEAT + 1):
-        world.advance(BEAT)
-        worker.beat(grants_seen=0)
+    beat_on(world, worker, 2 * LEASE // BEAT + 2)
     assert losses(world) == ["unseen"]
+
+
+@pytest.mark.parametrize("batch", [1, 100])
+def test_what_an_engine_grants_late_is_not_held_against_beats_that_came_before(batch: int) -> None:
+    """It was away for minutes: the worker could not see what was not given yet. One deadline for the start is over."""
+    world = World(1, batch=batch)
+    worker = ScriptedWorker(world, slots=1).start()
+    task_id = world.new_id("t")
+    world.append(commands.SubmitTask(command_id="c", task_id=f"default/{task_id}", type="noop", queue="default"), 0)
+    for _ in range(150):
+        world.now += BEAT
+        data = signed(commands.WorkerBeat(session=worker.session, grants_seen=0, free=1), *KEYS.newest_worker())
+        world.append(data, 0)
+    world.advance(LEASE)
+    assert losses(world) == ["not_started"]
+    worker.run()
+    assert world.of_kind(events.AttemptStarted)[-1].epoch == 2
 
 
 def test_a_declined_grant_returns_at_no_cost_and_is_not_given_again_before_the_next_beat() -> None:
