@@ -54,7 +54,7 @@ class Attempt:
         self.log = logging.getLogger(f"perdure.task.{grant.type}")
         self.state = State()
         self.input: Any = None
-        self.config: dict[str, Any] = values.loads(grant.agent_config) if grant.agent_config else {}
+        self.config: dict[str, Any] = {}
         self.started_at = 0
         self.deadline = grant.deadline
         self._type, self._clock = task_type, clock
@@ -155,6 +155,10 @@ class Attempt:
             ends = self.started_at + self.grant.run_timeout_left
             self.deadline = ends if self.deadline is None else min(ends, self.deadline)
         self.exchange.post(channel.Started)
+        try:
+            self.config = values.loads(self.grant.agent_config) if self.grant.agent_config else {}
+        except PerdureError as error:  # a fault of the attempt, not of its process
+            raise self._final(error) from None
         if self.grant.policy.checkpoint_storage not in (None, checkpoints.LOCAL):
             raise ConfigurationError(f"there is no checkpoint store {self.grant.policy.checkpoint_storage!r} here; "
                                      f"this worker has: {checkpoints.LOCAL}")  # fmt: skip

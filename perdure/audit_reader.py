@@ -109,6 +109,10 @@ class _Topic:
         if not self.done:
             self._consumer.assign([self._where(partition, self._positions[partition])])
 
+    def start(self, partition: int, first: int) -> None:
+        """Read a partition from here: what is deleted from now on is missed, not passed over."""
+        self._positions[partition] = first
+
     def position(self, partition: int) -> int:
         """Next offset to read."""
         return self._positions.get(partition, 0)
@@ -172,6 +176,8 @@ class AuditReader:
         self._prefix = prefix
         self._partitions = self._topics[COMMANDS].partitions()
         starts = {(t, p): self._topics[t].bounds(p)[0] for t in READ for p in range(self._partitions)}
+        for (topic, partition), first in starts.items():
+            self._topics[topic].start(partition, first)
         self.audit = Audit(starts)
 
     def round(self) -> None:
@@ -185,6 +191,7 @@ class AuditReader:
         self._read_all(CHANGELOG, partition, self._topics[CHANGELOG].bounds(partition)[1])
         mine = self.audit.partition(partition)
         ends = {name: self._end(name, partition) for name in (REPLIES, EVENTS, QUARANTINE)}
+        self._read_all(CONFIG, 0, self._topics[CONFIG].bounds(0)[1])  # a schema is published before it is used
         ends[COMMANDS] = mine.rows.position or 0
         self._read_all(REPLIES, partition, ends.pop(REPLIES))
         for name, end in ends.items():

@@ -32,11 +32,12 @@ def rebuild(session: Session, from_events: bool, yes: bool, state_dir: Path | No
     if not from_events:
         raise InvalidRequest("say from what: --from-events is the only way that needs a command", field="from_events")
     from perdure.engine_main import state_directory
-    from perdure.schemas import topics
+    from perdure.schemas import codec, topics
     from perdure.settings import Settings
     from perdure.streams import topology
     from perdure.streams.kafka_log import KafkaLog
     from perdure.streams.rebuild import rebuild as fold_all
+    from perdure.streams.schema_lookup import SchemaLookup
 
     settings = Settings.load(**session.flags, state_dir=state_dir)
     log = KafkaLog(settings.require_bootstrap(), settings.namespace, options=settings.kafka)
@@ -45,9 +46,11 @@ def rebuild(session: Session, from_events: bool, yes: bool, state_dir: Path | No
         click.confirm(f"Delete {topics.CHANGELOG.on(log.prefix)} and write it anew from task-events?", abort=True)
     folder = state_directory(settings) / "rebuild"
     shutil.rmtree(folder, ignore_errors=True)
+    unlearn = codec.learn_from(SchemaLookup(log))  # events may be of a newer build
     try:
         count = fold_all(log, folder, lambda: topology.replace_topic(log, topics.CHANGELOG), talk)
     finally:
+        unlearn()
         shutil.rmtree(folder, ignore_errors=True)
     facts: dict[str, Any] = {"events": count, "partitions": log.partitions}
     session.answer(facts, f"{count:,} events folded; start the engine now")

@@ -60,6 +60,7 @@ from perdure.schemas.errors import (
     NotFound,
     PerdureError,
     RetryLater,
+    ValueLost,
     ValueTooLarge,
 )
 from perdure.schemas.json_commands import strict_loads
@@ -86,6 +87,7 @@ DOWNLOADS_AT_ONCE = 4
 
 _STATUS: dict[type[PerdureError], int] = {
     NotFound: 404,
+    ValueLost: 410,
     ValueTooLarge: 413,
     CommandRefused: 409,
     InvalidRequest: 400,

@@ -14,11 +14,11 @@ from perdure.schemas import limits
 
 _NONE = -1
 _LAYOUT = struct.Struct("<qqq")
-"""Offset being executed (-1: none), suspected offset, its deaths."""
+"""Mark of the record being executed (-1: none), the suspected one, its deaths."""
 
 
 class CrashMarks:
-    """The marks of one partition."""
+    """The marks of one partition. A mark is a number that no other record of the partition has, whatever its topic."""
 
     def __init__(self, path: Path) -> None:
         if not path.exists() or path.stat().st_size != _LAYOUT.size:
@@ -32,13 +32,13 @@ class CrashMarks:
         self._suspect: int = suspect
         self._deaths: int = deaths
 
-    def is_killer(self, offset: int) -> bool:
+    def is_killer(self, mark: int) -> bool:
         """Whether executing this record has ended the process too often."""
-        return offset == self._suspect and self._deaths >= limits.KILLER_DEATHS
+        return mark == self._suspect and self._deaths >= limits.KILLER_DEATHS
 
-    def enter(self, offset: int) -> None:
+    def enter(self, mark: int) -> None:
         """Executing begins."""
-        struct.pack_into("<q", self._map, 0, offset)
+        struct.pack_into("<q", self._map, 0, mark)
 
     def leave(self) -> None:
         """Executing has ended."""

@@ -6,16 +6,18 @@ record's log-append time in ms. One conformance suite (tests/conformance/test_lo
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from perdure.schemas import topics
-from perdure.schemas.errors import InfrastructureError, ValueTooLarge
+from perdure.schemas.errors import InfrastructureError, Unreachable, ValueTooLarge
 
 BEGIN = -2
 END = -1
 _READ_AT_ONCE = 2_000
+STILL_S = 90.0
 
 TopicPartition = tuple[str, int]
 OnAck = Callable[[int, InfrastructureError | None], None]
@@ -205,16 +207,22 @@ class Log(Protocol):
 def records_of(log: Log, topic: str, partition: int, *, first: int = BEGIN, committed: bool = True) -> Iterator[Record]:
     """What a partition of a topic holds at this moment, from `first` on, or from its beginning. Blocks while it reads.
 
-    Raises `Unreachable`.
+    Raises `Unreachable`, also when nothing more has come for 90 s: longer than any transaction is left open.
     """
     reader = log.reader(committed=committed)
     try:
         begin, end = reader.bounds(topic, partition)
         reader.assign({(topic, partition): max(first, begin)})  # by number: BEGIN has to be looked up first
+        moved = time.monotonic()
         while not reader.caught_up(topic, partition, end):
-            for record in reader.read(_READ_AT_ONCE, 0.2):
+            found = reader.read(_READ_AT_ONCE, 0.2)
+            for record in found:
                 if record.offset >= end:
                     return
                 yield record
+            now = time.monotonic()
+            moved = now if found else moved
+            if now - moved > STILL_S:
+                raise Unreachable(f"{topic}/{partition} stands still before {end}: a transaction on it is open")
     finally:
         reader.close()

@@ -106,15 +106,30 @@ def write_changelog(log: Log, partition: int, store: Store) -> int:
     return count
 
 
+def _fenced(log: Log) -> list[int]:
+    """The ends of task-events, with all transactions on them ended, and every engine fenced that is under way."""
+    for partition in range(log.partitions):
+        log.transactional(f"{topics.ENGINE_GROUP}.{partition}").close()
+    reader = log.reader()
+    try:
+        return [reader.bounds(topics.EVENTS.name, partition)[1] for partition in range(log.partitions)]
+    finally:
+        reader.close()
+
+
 def rebuild(log: Log, folder: Path, replace_changelog: Callable[[], None], say: Say) -> int:
     """Fold all partitions, replace the changelog's topic, write it anew; the count of events. The engine must not run.
 
     `folder`: an empty one, for what lies in between. Nothing is touched before everything was folded. Raises as
-    `fold_partition` and `write_changelog` do.
+    `fold_partition` and `write_changelog` do, and `InfrastructureError` when an engine wrote meanwhile: one that stood
+    still is in no group, and goes on once it wakes up.
     """
     stores = {p: RocksStore(folder / str(p)) for p in range(log.partitions)}
     try:
+        before = _fenced(log)
         count = sum(fold_partition(log, p, store, say) for p, store in stores.items())
+        if _fenced(log) != before:
+            raise InfrastructureError("an engine wrote events while they were folded: stop it, and rebuild again")
         replace_changelog()
         for p, store in stores.items():
             say(f"partition {p}: {write_changelog(log, p, store):,} rows written")

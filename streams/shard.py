@@ -322,10 +322,13 @@ class Shard:
     def _execute(self, record: Record, *, careful: bool = False) -> None:
         if self._marks is None:
             self.processor.execute(record, careful=careful)
-        elif self._marks.is_killer(record.offset):
+            return
+        inputs = self.kind.inputs
+        mark = record.offset * len(inputs) + inputs.index(record.topic)
+        if self._marks.is_killer(mark):
             self.processor.set_aside_unread(record, "executing this record has ended the process three times")
         else:
-            self._marks.enter(record.offset)
+            self._marks.enter(mark)
             self.processor.execute(record, careful=careful)
             self._marks.leave()
 

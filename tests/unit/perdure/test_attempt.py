@@ -119,6 +119,19 @@ def test_a_deferred_call_that_raises_fails_the_attempt() -> None:
     assert failure_of(engine_for(job).run()).message == "cannot clean up"
 
 
+def test_a_configuration_that_cannot_be_read_fails_its_attempt_alone() -> None:
+    """The process may be running a thousand others."""
+
+    def job(ctx: Context) -> None:
+        pass
+
+    engine = engine_for(job)
+    engine.more = {"agent_config": b'{"x":{"$perdure":"datetime","value":"no"}}'}
+    way = engine.run()
+    assert isinstance(way.of(channel.Started)[0], channel.Started)
+    assert way.last.final
+
+
 def test_ctx_tells_what_the_attempt_is() -> None:
     seen: dict[str, Any] = {}
 

@@ -169,7 +169,7 @@ def test_a_result_of_an_earlier_task_of_the_same_id_is_not_this_ones(server: Ser
 def test_a_large_value_that_is_lost_is_told(server: Server) -> None:
     carried = server.large.carried("etl/2", b'"' + b"v" * limits.VALUE_MAX + b'"')
     tell(server.log, Story("etl/1").running(input=carried))
-    assert server.refused("GET", "tasks/etl%2F1/input") == (503, "value_lost", None)
+    assert server.refused("GET", "tasks/etl%2F1/input") == (410, "value_lost", None)
 
 
 def test_a_value_that_is_no_json_is_shown_as_text(server: Server) -> None:

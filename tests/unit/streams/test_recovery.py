@@ -16,7 +16,7 @@ import pytest
 
 from perdure.connectors.blobs import DirectoryBlobs
 from perdure.schemas import codec, commands, topics
-from perdure.schemas.errors import EventsIncomplete, LogTruncated
+from perdure.schemas.errors import EventsIncomplete, InfrastructureError, LogTruncated
 from perdure.streams import recovery, tables
 from perdure.streams.generations import Generations
 from perdure.streams.local_engine import LocalEngine, engine_kind
@@ -148,6 +148,21 @@ def test_an_interrupted_rebuild_is_refused_and_can_be_done_again(tmp_path: Path)
     world.restart("empty")
     world.advance(MINUTE)
     assert ScriptedWorker(world, beating=True).start().grants()
+
+
+def test_an_engine_that_wakes_up_during_a_rebuild_is_found_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("perdure.streams.shard.REVOCATION_S", 0.0)
+    world = World(1)
+    world.submit()
+    awake = iter((True,))
+
+    def wakes_up(_: str) -> None:
+        if next(awake, False):
+            world.submit()
+
+    with pytest.raises(InfrastructureError, match="an engine wrote events while they were folded"):
+        rebuild(world.log, tmp_path / "first", lambda: pytest.fail("nothing may be touched"), wakes_up)
+    rebuild(world.log, tmp_path / "again", lambda: world.log.replace(topics.CHANGELOG.name), lambda _: None)
 
 
 def test_events_without_their_beginning_rebuild_nothing(tmp_path: Path) -> None:

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from itertools import chain, repeat
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from perdure.schemas import codec, topics
+from perdure.schemas.errors import Unreachable
 from perdure.schemas.public import Quarantined
 from perdure.schemas.signing import Keys
+from perdure.streams import log as log_module
 from perdure.streams import shard as shard_module
+from perdure.streams.crash_marks import CrashMarks
 from perdure.streams.local_engine import engine_kind
 from perdure.streams.log import BEGIN, Member, Record, TransactionAborted
 from perdure.streams.memory_log import MemoryLog
@@ -157,6 +161,47 @@ def test_what_the_broker_goes_on_refusing_is_said(
     assert [r.message for r in caplog.records if "no right to write" in r.message] == [
         "engine/0 tries again, the broker refuses: no right to write"
     ] * 2
+
+
+def test_what_killed_its_process_is_passed_over_in_its_own_topic_alone(log: MemoryLog, tmp_path: Path) -> None:
+    """Inputs of a processor share their offsets."""
+    both = (topics.COMMANDS.name, topics.EVENTS.name)
+    log.producer().append(topics.EVENTS.name, 0, None, b"an event")
+    seen: list[tuple[str, int]] = []
+    kind = Kind(
+        "echo", both, None,
+        lambda store, _: Table("echo", store, lambda r, _: seen.append((r.topic, r.offset)), both),
+    )  # fmt: skip
+
+    def opened() -> Shard:
+        marks = CrashMarks(tmp_path / "executing")
+        return Shard(
+            kind, 0, log=log, store=MemoryStore(), member=member_of(log), transactional_id="echo.0", crash_marks=marks
+        )
+
+    def dies(_: Record, __: Transaction) -> None:
+        raise KeyboardInterrupt
+
+    event = log.records(topics.EVENTS.name, 0)[0]
+    for _ in range(3):
+        with pytest.MonkeyPatch.context() as patch:
+            shard = opened()
+            patch.setattr(shard.processor, "handle", dies)
+            with pytest.raises(KeyboardInterrupt):
+                shard.run_batch([event])
+    assert opened().run_batch([inputs(log)[0], event])
+    assert seen == [(topics.COMMANDS.name, 0)]
+
+
+def test_a_topic_with_a_transaction_that_never_ends_is_not_read_for_ever(
+    log: MemoryLog, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(log_module, "STILL_S", 0.0)
+    open_one = log.transactional("echo.0")
+    open_one.begin()
+    open_one.append(topics.EVENTS.name, 0, None, b"")
+    with pytest.raises(Unreachable, match="task-events/0 stands still before 1: a transaction on it is open"):
+        list(log_module.records_of(log, topics.EVENTS.name, 0))
 
 
 def _aborting(shard: Shard, times: int) -> Any:
