@@ -40,7 +40,8 @@ def tick(s: State, m: Moment, record: Tick) -> Outputs:
     yield from leases.tell(s, m, record.executed)
     yield from clock.settle(s, m, next(s.scan(tables.WINDOW), None) is not None)
     yield from _go_on(s, m)
-    yield from leases.examine(s, m)  # before the timers: a million that wait to be forgotten would keep it for minutes
+    if s.touched < _KEYS:  # before the timers: a million that wait to be forgotten would keep it for minutes
+        yield from leases.examine(s, m)
     yield from _fire(s, m, tables.START_TIMERS, m.at)
     yield from _fire(s, m, tables.TIMERS, m.now)
     yield from _fire(s, m, tables.SOFT_TIMERS, m.now)
