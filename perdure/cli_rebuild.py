@@ -40,7 +40,11 @@ def rebuild(session: Session, from_events: bool, yes: bool, state_dir: Path | No
     from perdure.streams.schema_lookup import SchemaLookup
 
     settings = Settings.load(**session.flags, state_dir=state_dir)
-    log = KafkaLog(settings.require_bootstrap(), settings.namespace, options=settings.kafka)
+    bootstrap, namespace = settings.require_bootstrap(), settings.namespace
+    pinned = topology.pinned_partitions(
+        KafkaLog(bootstrap, namespace, options=settings.kafka, partitions=0), besides=[topics.CHANGELOG]
+    )
+    log = KafkaLog(bootstrap, namespace, options=settings.kafka, partitions=pinned)
     _refuse_while_it_runs(log)
     if not yes:
         click.confirm(f"Delete {topics.CHANGELOG.on(log.prefix)} and write it anew from task-events?", abort=True)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from confluent_kafka import KafkaError, KafkaException
-from confluent_kafka.admin import ConfigResource, NewTopic  # type: ignore[attr-defined]
+from confluent_kafka.admin import ConfigEntry, ConfigResource, ConfigSource, NewTopic  # type: ignore[attr-defined]
 
 from perdure.schemas import codec, limits, topics
 from perdure.schemas.errors import ConfigurationError, Unreachable
@@ -54,20 +54,31 @@ def create_topics(
 
 
 def replace_topic(log: KafkaLog, topic: Topic) -> None:
-    """Delete a topic and create it again: empty, with the replication it had. Blocks for seconds.
+    """Delete a topic, if it is there, and create it again: empty, with the replication and the settings it had.
 
-    Raises `Unreachable`, or `KafkaException` when the broker refuses.
+    One that is gone gets the replication of `task-events`, from which it is made anew. Blocks for seconds. Raises
+    `Unreachable`, or `KafkaException` when the broker refuses.
     """
     admin, name = log.admin(), topic.on(log.prefix)
-    known = admin.list_topics(timeout=_CALL_S).topics.get(name)
-    replication = 1 if known is None else max(len(p.replicas) for p in known.partitions.values())
+    known = admin.list_topics(timeout=_CALL_S).topics
+    there = name in known
+    replication = max(
+        len(p.replicas) for p in known[name if there else topics.EVENTS.on(log.prefix)].partitions.values()
+    )
+    own = _own_settings(log, topic) if there else {}
     count = log.partitions if topic.partitioned else 1
-    if known is not None:
+    if there:
         admin.delete_topics([name], request_timeout=_CALL_S)[name].result(_CALL_S)
         _await(lambda: name not in admin.list_topics(timeout=_CALL_S).topics, f"{name} is still there")
-    new = NewTopic(name, count, replication, config=topic.settings)
+    new = NewTopic(name, count, replication, config=own | topic.settings)
     admin.create_topics([new], request_timeout=_CALL_S)[name].result(_CALL_S)
     _await_topics(log)
+
+
+def _own_settings(log: KafkaLog, topic: Topic) -> dict[str, str]:
+    """What somebody has set for this topic alone."""
+    entries = _described(log, [topic])[topic.name].items()
+    return {n: str(e.value) for n, e in entries if ConfigSource(e.source) is ConfigSource.DYNAMIC_TOPIC_CONFIG}
 
 
 def _await(found: Callable[[], bool], otherwise: str) -> None:
@@ -102,8 +113,11 @@ def _pin(log: KafkaLog, partitions: int) -> None:
         raise ConfigurationError(f"the namespace {log.prefix!r} is pinned to {known} partitions, not {partitions}")
 
 
-def pinned_partitions(log: KafkaLog) -> int:
-    """The namespace's partition count. Raises `ConfigurationError` if it has none, or the broker has another."""
+def pinned_partitions(log: KafkaLog, besides: Collection[Topic] = ()) -> int:
+    """The namespace's partition count. Raises `ConfigurationError` if it has none, or the broker has another.
+
+    besides: topics that may be gone, since they are about to be made anew.
+    """
     known = log.admin().list_topics(timeout=_CALL_S).topics if _reachable(log) else {}
     config = topics.CONFIG.on(log.prefix)
     if config not in known:
@@ -114,6 +128,13 @@ def pinned_partitions(log: KafkaLog) -> int:
     for topic in topics.ALL:
         found = len(known[topic.on(log.prefix)].partitions) if topic.on(log.prefix) in known else 0
         wanted = count if topic.partitioned else 1
+        if not found and topic in besides:
+            continue
+        if not found and topic is topics.CHANGELOG:
+            raise ConfigurationError(
+                f"topic {topic.on(log.prefix)} is gone: stop every engine, and make it anew with "
+                f"`perdure rebuild --from-events`"
+            )
         if found != wanted:
             raise ConfigurationError(
                 f"topic {topic.on(log.prefix)} has {found} partitions, but the namespace is pinned to {wanted}: "
@@ -151,15 +172,20 @@ def verify_topics(log: KafkaLog) -> None:
 
 def settings_of(log: KafkaLog, wanted: Iterable[Topic]) -> dict[str, dict[str, str]]:
     """What the broker has for topics that exist: topic -> setting -> value. Raises `Unreachable`."""
+    described = _described(log, wanted)
+    return {name: {n: str(entry.value) for n, entry in entries.items()} for name, entries in described.items()}
+
+
+def _described(log: KafkaLog, wanted: Iterable[Topic]) -> dict[str, dict[str, ConfigEntry]]:
     asked = {t.name: ConfigResource(ConfigResource.Type.TOPIC, t.on(log.prefix)) for t in wanted}
     found = log.admin().describe_configs(list(asked.values()), request_timeout=_CALL_S)
-    settings = {}
+    described = {}
     for name, resource in asked.items():
         try:
-            settings[name] = {n: str(entry.value) for n, entry in found[resource].result(_CALL_S).items()}
+            described[name] = found[resource].result(_CALL_S)
         except KafkaException as error:
             raise Unreachable(f"no settings of {log.prefix}{name}: {error.args[0].str()}") from error
-    return settings
+    return described
 
 
 def settings_off(topic: Topic, found: Mapping[str, str]) -> list[str]:

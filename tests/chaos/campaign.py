@@ -22,6 +22,8 @@ from shutil import which
 from typing import TypeVar
 
 from perdure.connectors.embedded_kafka import EmbeddedKafka
+from perdure.schemas import topics
+from perdure.streams.survey import survey_group
 from tests.chaos.load import Load, queues_of
 from tests.chaos.proxy import Proxy, proxied_kafka
 from tests.chaos.watch import Observer, Violation, Witness
@@ -286,6 +288,15 @@ class Campaign:
             f"transitions in every partition after {what}", lambda: self.observer.probes.flowing(since)
         )
         return moment - since
+
+    def at_full_strength(self) -> None:
+        """Wait until each engine has its share, so that what comes next is one fault and not two. Raises `NotRecovered`."""
+
+        def shared() -> bool:
+            group = survey_group(self.stack.log, topics.ENGINE_GROUP)
+            return group.state == "STABLE" and sum(bool(o.partitions) for o in group.owners) == len(self.engines)
+
+        self.patiently("a share for each engine", shared)
 
     def patiently(self, what: str, found: Callable[[], T | None]) -> T:
         """Wait for it. Raises `NotRecovered`."""

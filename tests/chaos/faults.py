@@ -300,6 +300,7 @@ def rolling_restart(c: Campaign) -> float | None:
     """An orderly restart of all brokers, one after the other."""
     slowest = 0.0
     for _ in range(BROKERS):
+        c.at_full_strength()
         c.kafka.stop()
         c.kafka.start(timeout_s=120)
         slowest = max(slowest, c.recovered(time.monotonic(), "a broker's return"))
@@ -309,6 +310,7 @@ def rolling_restart(c: Campaign) -> float | None:
 @fault(2, TRANSITION + ", from the broker's return")
 def kill_broker(c: Campaign) -> float | None:
     """SIGKILL of the broker, and its restart."""
+    c.at_full_strength()
     _kill_broker(c)
     c.kafka.start(timeout_s=120)
     return c.recovered(time.monotonic(), "the broker's return")
@@ -322,6 +324,7 @@ def _kill_broker(c: Campaign) -> None:
 @fault(1, TRANSITION + ", from the broker's return")
 def restart_broker(c: Campaign) -> float | None:
     """An orderly restart of the broker."""
+    c.at_full_strength()
     c.kafka.stop()
     c.kafka.start(timeout_s=120)
     return c.recovered(time.monotonic(), "the broker's return")
@@ -338,6 +341,7 @@ def stop_broker(c: Campaign) -> float | None:
 @fault(1, TRANSITION + ", from the broker's return")
 def outage_and_late_workers(c: Campaign) -> float | None:
     """The broker is away for longer than a lease, and all workers come back 10 s after it."""
+    c.at_full_strength()
     with stopped(*(pid for worker in c.workers for pid in tree(worker.process.pid))):
         c.kafka.stop()
         time.sleep(SESSION_S + 1.0)  # the fault itself

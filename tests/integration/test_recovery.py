@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from confluent_kafka.admin import AlterConfigOpType, ConfigEntry, ConfigResource  # type: ignore[attr-defined]
 
 from perdure.schemas import topics
 from perdure.streams import topology
@@ -58,13 +59,44 @@ def test_the_changelog_is_lost_and_rebuilt_from_the_events(stack: Stack) -> None
     assert "the changelog was replaced" in engine.text()
     assert "perdure rebuild --from-events" in engine.text()
 
-    def rebuilt() -> bool:
-        made = stack.process("rebuild", "-m", "perdure.cli", "rebuild", "--from-events", "--yes").start()
-        return made.ended() == 0
-
-    until("the killed engine has left the group, and the rebuild", rebuilt)
+    until("the killed engine has left the group, and the rebuild", lambda: _rebuilt(stack))
     stack.await_engine(engine.start())
     assert stack.result(task) == sum(range(FILES))
     prove(stack, task.id, FILES, kills=FILES)  # what ran while there was no engine runs again: its lease is over
     assert paused.status().state == "PAUSED"
     stack.check_store(engine)
+
+
+def _rebuilt(stack: Stack) -> bool:
+    return stack.process("rebuild", "-m", "perdure.cli", "rebuild", "--from-events", "--yes").start().ended() == 0
+
+
+def test_a_changelog_that_is_gone_altogether_is_rebuilt_too(stack: Stack) -> None:
+    engine = stack.engine()
+    paused = stack.submit("gated", {"witness": str(stack.witness), "gate": "/nowhere"}, delay="1h")
+    paused.pause()
+    until("its pause", lambda: paused.status().state == "PAUSED")
+    engine.stop()
+    admin, name = stack.log.admin(), topics.CHANGELOG.on(stack.prefix)
+    admin.delete_topics([name])[name].result(10)
+
+    until("its end", lambda: name not in admin.list_topics(timeout=10).topics)
+    engine.start()
+    assert engine.ended() != 0
+    assert "is gone" in engine.text()
+    assert "perdure rebuild --from-events" in engine.text()
+    until("the engine has left the group, and the rebuild", lambda: _rebuilt(stack))
+    stack.await_engine(engine.start())
+    assert paused.status().state == "PAUSED"
+    stack.check_store(engine)
+
+
+def test_a_replaced_topic_keeps_the_settings_that_were_made_for_it(stack: Stack) -> None:
+    admin, name = stack.log.admin(), topics.CHANGELOG.on(stack.prefix)
+    wanted = ConfigEntry("flush.messages", "77", incremental_operation=AlterConfigOpType.SET)
+    resource = ConfigResource(ConfigResource.Type.TOPIC, name, incremental_configs=[wanted])
+    admin.incremental_alter_configs([resource])[resource].result(10)
+    topology.replace_topic(stack.log, topics.CHANGELOG)
+    found = topology.settings_of(stack.log, [topics.CHANGELOG])[topics.CHANGELOG.name]
+    assert found["flush.messages"] == "77"
+    assert found["cleanup.policy"] == topics.CHANGELOG.settings["cleanup.policy"]
