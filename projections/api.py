@@ -47,7 +47,8 @@ from starlette.routing import Mount, Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from perdure.projections import history, render
-from perdure.projections.auth import Access, Answer, Download, Gate, refusal
+from perdure.projections.auth import HEADERS, Access, Answer, Gate, refusal
+from perdure.projections.download import Download
 from perdure.projections.progress import STATES
 from perdure.projections.views import PAGE_MAX, Place, Views
 from perdure.schemas import limits
@@ -83,7 +84,7 @@ Health = Callable[[], Mapping[str, Any]]
 COMMANDS_AT_ONCE = 64
 """Commands that wait for the engine at the same time; queries have threads of their own and never wait behind them."""
 DOWNLOADS_AT_ONCE = 4
-"""Values that are fetched at the same time: each may be 64 MiB, and is in memory as a whole."""
+"""Values that are on their way at the same time: each may be 64 MiB, and is in memory as a whole."""
 
 _STATUS: dict[type[PerdureError], int] = {
     NotFound: 404,
@@ -229,8 +230,8 @@ class _Api:
             return self._fetch(task_id, recorded)
 
         async def handle(request: Request) -> Response:
-            text = await to_thread.run_sync(fetched, _task_id(request), limiter=self._downloads)
-            return Download(text, f"{name}.json")
+            task_id = _task_id(request)
+            return Download(lambda: fetched(task_id), f"{name}.json", self._downloads, HEADERS)
 
         return handle
 

@@ -26,7 +26,7 @@ BODY_MAX = limits.COMMAND_MAX
 BODY_SECONDS = 10.0
 """A body that takes longer to arrive is refused: nobody holds connections open for nothing."""
 _SAFE = ("GET", "HEAD", "OPTIONS")
-_HEADERS = {
+HEADERS = {
     "cache-control": "no-store",
     "x-content-type-options": "nosniff",
     "content-security-policy": "default-src 'none'; frame-ancestors 'none'",
@@ -50,16 +50,7 @@ class Answer(Response):
     media_type = "application/json"
 
     def __init__(self, content: object, status: int = 200, headers: dict[str, str] | None = None) -> None:
-        super().__init__(to_text(content), status, headers=_HEADERS | (headers or {}))
-
-
-class Download(Response):
-    """A file, not to be shown in the browser. `name`: plain ASCII."""
-
-    media_type = "application/json"
-
-    def __init__(self, content: bytes, name: str) -> None:
-        super().__init__(content, headers=_HEADERS | {"content-disposition": f'attachment; filename="{name}"'})
+        super().__init__(to_text(content), status, headers=HEADERS | (headers or {}))
 
 
 def refusal(status: int, code: str, message: str, *, name: str | None = None, **headers: str) -> Answer:
