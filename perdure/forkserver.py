@@ -110,13 +110,19 @@ class Child:
     def start(self, run: Run) -> Outputs | None:
         """Send an attempt to the child; for kind `process` with fresh pipes, whose read ends are returned.
 
-        Not to be called while another thread sends to this child. Raises `OSError` when the child is gone.
+        Not to be called while another thread sends to this child. Raises `OSError` when the child is gone, or when no
+        pipe can be made; then it is fit for nothing more.
         """
         if self.kind == "async":
             self.connection.send(run)
             return None
         stdout, lent_stdout = os.pipe()
-        stderr, lent_stderr = os.pipe()
+        try:
+            stderr, lent_stderr = os.pipe()
+        except OSError:
+            os.close(stdout)
+            os.close(lent_stdout)
+            raise
         try:
             data = pack(run)
             sent = socket.send_fds(self._socket, [data], [lent_stdout, lent_stderr])

@@ -303,7 +303,8 @@ class Slots:
             reset_peak_rss(child.pid)
             try:
                 outputs = child.link.start(run)
-            except OSError:  # gone while it was idle: it has not had the attempt, another child takes it
+            except OSError:  # gone while it was idle, or out of descriptors: another child takes the attempt
+                self._server.kill(child.link.child, signal.SIGKILL)
                 del child.attempts[attempt.key]
                 attempt.child = None
                 self._waiting["process"].appendleft(attempt)

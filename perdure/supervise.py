@@ -44,14 +44,18 @@ def _keep(command: Sequence[str], number: int, stopping: threading.Event, say: C
     backoff = _BACKOFF_MIN_S
     while not stopping.is_set():
         began = time.monotonic()
-        with subprocess.Popen(command) as child:
-            while child.poll() is None and not stopping.wait(0.1):
-                pass
-            if stopping.is_set():
-                child.terminate()
-                return
+        try:
+            with subprocess.Popen(command) as child:
+                while child.poll() is None and not stopping.wait(0.1):
+                    pass
+                if stopping.is_set():
+                    child.terminate()
+                    return
+            what = f"ended with code {child.returncode}"
+        except OSError as error:  # out of processes or memory, which may pass
+            what = f"could not be started: {error}"
         if time.monotonic() - began > _HEALTHY_S:
             backoff = _BACKOFF_MIN_S
-        say(f"process {number} ended with code {child.returncode}; starts again in {backoff:.1f} s")
+        say(f"process {number} {what}; starts again in {backoff:.1f} s")
         stopping.wait(backoff)
         backoff = min(backoff * 2, _BACKOFF_MAX_S)

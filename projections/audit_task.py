@@ -61,6 +61,8 @@ class Task:
 
     def fault(self, name: str, e: Event) -> Fault | None:
         """The rule that the task's next event breaks, if it breaks one."""
+        if name not in TRANSITIONS:
+            return "readable", f"{name} is an event that this build does not know: audit with the newest build in use"
         states, _ = TRANSITIONS[name]
         if self.state is not None and self.state not in states:
             return "legal-transition", f"{name} in state {self.state or 'none'}"

@@ -32,6 +32,9 @@ class Transaction(Protocol):
     def get(self, key: bytes) -> bytes | None:
         """A row of the processor's own store."""
 
+    def after(self, key: bytes) -> bytes | None:
+        """The key of the next row in the store, as of the last commit; None: there is none."""
+
     def put(self, key: bytes, value: bytes | None) -> None:
         """Set a row, or with None delete it; it goes to the processor's changelog too, if it has one."""
 

@@ -22,7 +22,7 @@ from typing import Any, assert_never
 
 from perdure.projections.inputs import Fact, Transaction, fact, read_as, readable, task_of, written
 from perdure.schemas import durations, events, topics
-from perdure.schemas.codec import replace
+from perdure.schemas.codec import decode_as, replace
 from perdure.schemas.common import ErrorInfo
 from perdure.schemas.public import TaskProgress
 from perdure.streams.log import Record
@@ -30,6 +30,9 @@ from perdure.streams.store import META
 
 _EARLY = META + b"early/"
 """Before a task's key: its newest telemetry while its submit has not been read. Stays out of the public topic."""
+KEPT_MS = 30 * topics.DAY_MS
+"""For which a task is shown after the engine has forgotten it, log time; then its row is deleted."""
+_SWEPT_AT_ONCE = 2
 VALUE_SHOWN_MAX = 64 * 1024
 """A result or input above this is left out of the views (bytes); the event log has it."""
 MILESTONES_SHOWN_MAX = 64 * 1024
@@ -78,11 +81,15 @@ _Unseen = (
 
 
 class ProgressProcessor:
-    """Keeps `task-progress`; the topic is the changelog of its own store."""
+    """Keeps `task-progress`; the topic is the changelog of its own store. One instance for each partition."""
 
     name = "progress"
     inputs = (topics.EVENTS.name, topics.TELEMETRY.name)
     changelog = topics.PROGRESS.name
+
+    def __init__(self) -> None:
+        self._swept = b""
+        """The last row that was looked at."""
 
     def handle(self, record: Record, tx: Transaction) -> None:
         """Fold one record into its task's row. Bad records are quarantined."""
@@ -104,6 +111,25 @@ class ProgressProcessor:
                 tx.put(_EARLY + key, None)
         if after is not None and after is not before:
             tx.put(key, written(after))
+        if isinstance(found, events.TaskRetired):
+            for _ in range(_SWEPT_AT_ONCE):
+                self._sweep(tx, found.at - KEPT_MS)
+
+    def _sweep(self, tx: Transaction, before: int) -> None:
+        """Look at one more row, and delete it if its task was forgotten before a time.
+
+        Once for each task that is forgotten, two rows: so all are looked at before half as many again have come, and
+        nothing has to be kept of what is due when.
+        """
+        key = tx.after(self._swept)
+        self._swept = key or b""
+        row = None if key is None else tx.get(key)
+        if key is None or row is None:
+            return
+        progress = decode_as(TaskProgress, row)
+        if progress.retired and progress.updated_at < before:
+            tx.put(key, None)
+            tx.put(_EARLY + key, None)
 
 
 def fold(progress: TaskProgress | None, record: Fact) -> TaskProgress | None:

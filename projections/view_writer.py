@@ -20,6 +20,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from perdure.projections.inputs import GATHER_MS, fact, read_as, task_of
+from perdure.projections.progress import KEPT_MS
 from perdure.projections.views import APPLICATION_ID, SCHEMA, VERSION
 from perdure.schemas import events, limits, topics
 from perdure.schemas.codec import decode_as, encode
@@ -55,6 +56,8 @@ them. Both are short, so they are read from the beginning at each start."""
 class Retention:
     """How much log time the store keeps, ms. The topics themselves keep more."""
 
+    tasks_ms: int = KEPT_MS
+    """After the engine has forgotten them."""
     events_ms: int = 30 * topics.DAY_MS
     logs_ms: int = 7 * topics.DAY_MS
     workers_ms: int = topics.DAY_MS
@@ -187,6 +190,8 @@ class ViewWriter:
     def _row(self, r: Record) -> None:
         """One record into its table. Raises `DecodeError`."""
         match r.topic:
+            case topics.PROGRESS.name if r.value is None:
+                self._forget("task_id = ?", _key(r))
             case topics.PROGRESS.name:
                 self._task(r)
             case topics.EVENTS.name:
@@ -216,7 +221,13 @@ class ViewWriter:
             self._db.execute("DELETE FROM labels WHERE task_id = ?", (p.task_id,))
             rows = [(name, value, p.task_id) for name, value in p.labels.items()]
             self._db.executemany("INSERT INTO labels VALUES (?, ?, ?)", rows)
-        self._put("tasks", p.task_id, p.type, p.queue, p.state, p.submitted_at, labels, r.value)
+        retired_at = p.updated_at if p.retired else None
+        self._put("tasks", p.task_id, p.type, p.queue, p.state, p.submitted_at, retired_at, labels, r.value)
+
+    def _forget(self, which: str, *values: object) -> None:
+        gone = f"SELECT task_id FROM tasks WHERE {which}"  # noqa: S608
+        self._db.execute(f"DELETE FROM labels WHERE task_id IN ({gone})", values)  # noqa: S608
+        self._db.execute(f"DELETE FROM tasks WHERE {which}", values)  # noqa: S608
 
     def _event(self, r: Record) -> None:
         event = fact(r.value)
@@ -249,6 +260,12 @@ class ViewWriter:
             table, ms = kept[topic]
             newest = f"min((SELECT max(at) FROM {table}), ?)"  # noqa: S608
             self._db.execute(f"DELETE FROM {table} WHERE at < {newest} - ?", (self._clock(), ms))  # noqa: S608
+        if read & {
+            topics.PROGRESS.name,
+            topics.EVENTS.name,
+        }:  # tombstones tell of them too, but who was away for long never sees those
+            newest = "min((SELECT max(at) FROM events), ?)"
+            self._forget(f"retired_at < {newest} - ?", self._clock(), self._retention.tasks_ms)
 
     def _quarantine(self, r: Record, error: DecodeError) -> None:
         value = r.value or b""

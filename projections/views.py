@@ -25,17 +25,19 @@ ALIVE_MS = 30_000
 """A worker heard of within this is alive; they speak every few seconds."""
 
 APPLICATION_ID = 0x50455244
-VERSION = 1
+VERSION = 2
 """Of the tables below: a file of another version is filled anew."""
 SCHEMA = """
 CREATE TABLE positions (
     topic TEXT, partition INTEGER, topic_id TEXT, next INTEGER, PRIMARY KEY (topic, partition)) WITHOUT ROWID;
 CREATE TABLE tasks (
-    task_id TEXT PRIMARY KEY, type TEXT, queue TEXT, state TEXT, submitted_at INTEGER, labels TEXT, record BLOB);
+    task_id TEXT PRIMARY KEY, type TEXT, queue TEXT, state TEXT, submitted_at INTEGER, retired_at INTEGER, labels TEXT,
+    record BLOB);
 CREATE INDEX tasks_by_time ON tasks (submitted_at, task_id);
 CREATE INDEX tasks_by_state ON tasks (state, submitted_at, task_id);
 CREATE INDEX tasks_by_type ON tasks (type, submitted_at, task_id);
 CREATE INDEX tasks_by_queue ON tasks (queue, state, submitted_at, task_id);
+CREATE INDEX tasks_by_end ON tasks (retired_at) WHERE retired_at IS NOT NULL;
 CREATE TABLE labels (
     name TEXT, value TEXT, task_id TEXT, PRIMARY KEY (name, value, task_id)) WITHOUT ROWID;
 CREATE INDEX labels_by_task ON labels (task_id);

@@ -56,7 +56,7 @@ class TaskProgress:
     error: A[ErrorInfo | None, "The last error."] = None
     result: A[Json | None, "Result of a completed task, JSON; null also when it is too big for this view."] = None
     dead_letter: A[bool, "Whether it is on the dead-letter list."] = False
-    retired: A[bool, "Whether the engine has forgotten it."] = False
+    retired: A[bool, "Whether the engine has forgotten it; 30 days later its record is deleted."] = False
 
 
 @record("public")

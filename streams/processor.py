@@ -99,6 +99,11 @@ class Transaction:
                 return rows[key]
         return self._store.get(key)
 
+    def after(self, key: bytes) -> bytes | None:
+        """The key behind a key in the store, as of the last commit; None: there is none."""
+        found = next(self._store.scan(b"", start=key + b"\x00"), None)
+        return None if found is None or found[0].startswith(META) else found[0]
+
     def put(self, key: bytes, value: bytes | None) -> None:
         """Set or (None) delete a row; it goes to the changelog topic under the same key."""
         self._fresh[key] = value

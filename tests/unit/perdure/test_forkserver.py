@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +15,7 @@ import psutil
 import pytest
 
 from perdure import channel
-from perdure.forkserver import ForkServer
+from perdure.forkserver import Child, ForkServer
 from perdure.schemas.errors import ConfigurationError, InfrastructureError
 from tests.unit.perdure.forking import Supervisor, is_gone, supervising, wait_until, write_module
 
@@ -285,3 +287,25 @@ def test_an_import_without_end_is_given_up(tmp_path: Path) -> None:
 def test_unknown_start_method_is_refused() -> None:
     with pytest.raises(ConfigurationError, match="fork or spawn"):
         ForkServer(["x"], start_method="thread")
+
+
+def test_a_child_that_gets_only_one_pipe_gets_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[tuple[int, int]] = []
+
+    def once() -> tuple[int, int]:
+        if made:
+            raise OSError(errno.EMFILE, "too many open files")
+        made.append(pipe())
+        return made[0]
+
+    pipe = os.pipe
+    ours, theirs = socket.socketpair()
+    with theirs:
+        child = Child("process-1", "process", ours)
+        monkeypatch.setattr(os, "pipe", once)
+        with pytest.raises(OSError, match="too many"):
+            child.start(channel.Run("q/1", 1, b""))
+        child.close()
+    for descriptor in made[0]:
+        with pytest.raises(OSError, match="Bad file descriptor"):
+            os.fstat(descriptor)

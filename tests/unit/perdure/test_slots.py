@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import os
 import signal
 from collections.abc import Iterator
@@ -9,6 +10,7 @@ import pytest
 
 from perdure import channel
 from perdure.children import KillLadder, kill_ladder
+from perdure.forkserver import Outputs
 from perdure.schemas import codec
 from perdure.schemas.inbox import CheckpointAccepted, RunAttempt, StepPage
 from perdure.schemas.reports import (
@@ -22,6 +24,7 @@ from perdure.schemas.reports import (
     SendSteps,
 )
 from perdure.slots import FINISH_MS, SPARE
+from tests.unit.perdure.played import PlayedChild
 from tests.unit.perdure.slots_bench import TASK, Bench, completed
 
 
@@ -271,6 +274,30 @@ def test_a_child_that_died_while_idle_costs_no_attempt(bench: Bench) -> None:
     for child in bench.children():
         child.die(signal=signal.SIGKILL)
     bench.take()
+    bench.ready()
+    runs = [f for c in bench.children() for f in c.heard() if isinstance(f, channel.Run)]
+    assert [run.task_id for run in runs] == [TASK]
+    assert bench.reported() == {}
+
+
+def test_a_child_that_could_not_be_handed_its_attempt_is_killed_and_another_takes_it(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As when this process is out of descriptors for a moment; the child would be idle for ever."""
+    bench.ready()
+    refused: list[str] = []
+
+    def once(child: PlayedChild, run: channel.Run) -> Outputs | None:
+        if refused:
+            return start(child, run)
+        refused.append(child.name)
+        raise OSError(errno.EMFILE, "too many open files")
+
+    start = PlayedChild.start
+    monkeypatch.setattr(PlayedChild, "start", once)
+    bench.take()
+    assert bench.server.killed == [(refused[0], signal.SIGKILL)]
+    next(c for c in bench.children() if c.name == refused[0]).die(signal=signal.SIGKILL)
     bench.ready()
     runs = [f for c in bench.children() for f in c.heard() if isinstance(f, channel.Run)]
     assert [run.task_id for run in runs] == [TASK]

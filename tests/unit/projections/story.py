@@ -10,6 +10,7 @@ from perdure.schemas.common import Cause, ErrorInfo
 from perdure.schemas.events import ProgressReported
 from perdure.streams.log import Record
 from perdure.streams.memory_log import MemoryLog
+from perdure.streams.store import META
 
 E = TypeVar("E", bound=events.TaskEvent)
 
@@ -90,6 +91,9 @@ class FakeTransaction:
 
     def get(self, key: bytes) -> bytes | None:
         return self.rows.get(key)
+
+    def after(self, key: bytes) -> bytes | None:
+        return next((k for k in sorted(self.rows) if k > key and not k.startswith(META)), None)
 
     def put(self, key: bytes, value: bytes | None) -> None:
         self.puts.append(key)

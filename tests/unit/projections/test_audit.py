@@ -271,6 +271,17 @@ def a_row_that_cannot_be_read(h: History) -> None:
     h.row(tables.CONFIG + b"queue/default").value = b"\xc3\x01nothing of ours"
 
 
+@breaks("readable")
+def an_event_of_a_kind_that_a_later_build_knows(h: History) -> None:
+    schema = json.loads((AVRO / "events" / "TaskQueued.avsc").read_text()) | {"name": "TaskPondered"}
+    identity = bytes.fromhex(fingerprint(to_parsing_canonical_form(schema), "CRC-64-AVRO"))
+    published = ConfigRecord(name="schema/later", content=json.dumps(schema).encode())
+    h.records.insert(0, Record(topics.CONFIG.name, 0, 0, 0, b"schema/later", codec.encode(published)))
+    record = h.event(events.TaskQueued)
+    value = record.value or b""
+    record.value = value[:2] + identity + value[10:]
+
+
 @breaks("task-sequence")
 def an_event_is_missing(h: History) -> None:
     h.drop(h.event(events.TaskQueued))

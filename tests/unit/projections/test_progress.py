@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from perdure.projections.inputs import Fact
-from perdure.projections.progress import ProgressProcessor, fold
+from perdure.projections.progress import KEPT_MS, ProgressProcessor, fold
 from perdure.schemas import events, topics
 from perdure.schemas.codec import decode_as, encode, replace
 from perdure.schemas.common import Cause
@@ -418,6 +418,30 @@ def test_the_processor_keeps_the_topic_as_its_store() -> None:
     assert tx.quarantined == []
     assert processor.changelog == "task-progress"
     assert processor.inputs == ("task-events", "task-telemetry")
+
+
+def test_what_the_engine_has_forgotten_for_long_is_deleted_a_few_rows_at_a_time() -> None:
+    tx, processor = FakeTransaction(), ProgressProcessor()
+
+    def told(story: Story) -> None:
+        for event in story.events:
+            processor.handle(on_topic(encode(event)), tx)
+
+    def forgotten(name: str, at: int) -> Story:
+        story = Story(name, at=at).running()
+        story.then(events.TaskCompleted)
+        story.then(events.TaskRetired)
+        return story
+
+    for n in range(6):
+        told(forgotten(f"etl/old{n}", 0))
+    told(Story("etl/open", at=0).running())
+    told(forgotten("etl/young", KEPT_MS))
+    processor.handle(on_topic(encode(Story("etl/old3").progress(fraction=0.5)), topics.TELEMETRY.name), tx)
+    new = [f"etl/new{n:02}" for n in range(20)]
+    for name in new:  # each looks at two rows, of eight and those that have come meanwhile
+        told(forgotten(name, KEPT_MS + 10_000))
+    assert sorted(tx.rows) == [*map(str.encode, new), b"etl/open", b"etl/young"]
 
 
 BAD = [

@@ -258,7 +258,7 @@ def test_a_store_of_another_version_is_filled_anew(log: MemoryLog, path: Path, m
     filled(log, path)
     with closing(sqlite3.connect(path)) as db:
         db.execute("ALTER TABLE tasks RENAME TO works")
-    monkeypatch.setattr(view_writer, "VERSION", 2)
+    monkeypatch.setattr(view_writer, "VERSION", view_writer.VERSION + 1)
     assert filled(log, path).status("etl/1") is not None
 
 
@@ -295,6 +295,31 @@ def test_only_recent_events_logs_and_workers_are_kept(log: MemoryLog, path: Path
     path.unlink()
     filled(log, path, retention=keep)
     assert content(path) == kept
+
+
+def test_a_task_that_was_forgotten_goes_after_a_while(log: MemoryLog, path: Path, clock: Clock) -> None:
+    keep = Retention(tasks_ms=10_000)
+    gone, open_ = Story("etl/gone", at=0).running(labels={"team": "a"}), Story("etl/open", at=0).running()
+    gone.then(events.TaskCompleted)
+    gone.then(events.TaskRetired, at=6_000)
+    for story in (gone, open_):
+        tell(log, story)
+    clock.now = 16_000
+    append(log, "task-events", "etl/open", open_.then(events.StepCompleted, at=16_000))
+    assert filled(log, path, retention=keep).status("etl/gone") is not None
+    clock.now = 16_001
+    append(log, "task-events", "etl/open", open_.then(events.StepCompleted, at=16_001))
+    views = filled(log, path, retention=keep)
+    assert views.status("etl/gone") is None
+    assert views.status("etl/open") is not None
+    assert "team" not in str(content(path)["labels"])
+
+
+def test_a_task_whose_record_is_deleted_goes_at_once(log: MemoryLog, path: Path) -> None:
+    task(log, "etl/1")
+    assert filled(log, path).status("etl/1") is not None
+    append(log, "task-progress", "etl/1", None)
+    assert filled(log, path).status("etl/1") is None
 
 
 def test_a_record_of_a_clock_that_leapt_takes_no_others_away(log: MemoryLog, path: Path, clock: Clock) -> None:
