@@ -260,10 +260,8 @@ class ViewWriter:
             table, ms = kept[topic]
             newest = f"min((SELECT max(at) FROM {table}), ?)"  # noqa: S608
             self._db.execute(f"DELETE FROM {table} WHERE at < {newest} - ?", (self._clock(), ms))  # noqa: S608
-        if read & {
-            topics.PROGRESS.name,
-            topics.EVENTS.name,
-        }:  # tombstones tell of them too, but who was away for long never sees those
+        # Of tasks tombstones tell as well, but who was away for long never sees those.
+        if read & {topics.PROGRESS.name, topics.EVENTS.name}:
             newest = "min((SELECT max(at) FROM events), ?)"
             self._forget(f"retired_at < {newest} - ?", self._clock(), self._retention.tasks_ms)
 
