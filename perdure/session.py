@@ -250,10 +250,13 @@ class Sessions:
 
     def _look(self, now: int) -> None:
         """Where a partition is hungry, do not wait for the next beats to move slots."""
-        hungry = {session.lane for session in self if session.hungry} if now >= self._look_at else None
+        if now < self._look_at:
+            return
+        self._moving = False
+        hungry = {session.lane for session in self if session.hungry}
         if not hungry:
             return
-        self._look_at, self._moving = now + _LOOK_MS, False
+        self._look_at = now + _LOOK_MS
         for session in self:
             if session.lane not in hungry:
                 continue

@@ -207,10 +207,13 @@ class Worker:
     # The main loop ---------------------------------------------------------------------------------------------------
 
     def _turn(self) -> None:
-        """Wait for what others bring; then, within `TICK_MS` of it, see what time brings."""
+        """Wait for what others bring; then, within `TICK_MS` of it, see what time brings.
+
+        Never more often than that: a due time that stays in the past would take a core, and nobody would notice.
+        """
         now = _clock()
         if now >= self._tick_at:
-            self._tick_at = self._tick(now)
+            self._tick_at = max(self._tick(now), now + TICK_MS)
         if self._events.wait(self._tick_at - _clock()):
             self._tick_at = min(self._tick_at, now + TICK_MS)
 

@@ -97,6 +97,17 @@ def test_a_partition_that_uses_all_its_slots_gets_those_that_lie_idle_once_they_
     assert lender.sessions.next_beat() == 2_000, "nothing moves any more"
 
 
+def test_a_hunger_that_has_passed_does_not_keep_the_worker_awake() -> None:
+    lender = Lender(8, 2)
+    busy = lender.of[0]
+    lender.grant(busy, 4)
+    assert lender.beat() == {1: 1}
+    for _ in range(4):
+        busy.free_slot()  # before the slots that were to move have moved
+    lender.beat(200)
+    assert lender.sessions.next_beat() == 2_000
+
+
 def test_what_was_given_up_is_not_lent_again_before_the_log_has_it() -> None:
     lender = Lender(8, 2)
     lender.grant(lender.of[0], 4)
