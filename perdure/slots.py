@@ -9,6 +9,7 @@ child; when that one dies, the attempt it was killed for counts, or, when it die
 
 from __future__ import annotations
 
+import errno
 import logging
 import signal
 from collections import deque
@@ -303,8 +304,8 @@ class Slots:
             reset_peak_rss(child.pid)
             try:
                 outputs = child.link.start(run)
-            except OSError:  # gone while it was idle, or out of descriptors: another child takes the attempt
-                self._server.kill(child.link.child, signal.SIGKILL)
+            except OSError as error:  # it has not had the attempt: another child takes it
+                self._unfit(child, error)
                 del child.attempts[attempt.key]
                 attempt.child = None
                 self._waiting["process"].appendleft(attempt)
@@ -315,6 +316,13 @@ class Slots:
             child.link.send(page)
         attempt.early.clear()
         attempt.grant = codec.replace(attempt.grant, input=None)
+
+    def _unfit(self, child: ChildState, error: OSError) -> None:
+        """A child has died while it was idle; or we are out of descriptors, and whoever comes next is no better off."""
+        if error.errno not in (errno.EPIPE, errno.ECONNRESET):
+            LOG.error("child %s cannot be handed a task: %s", child.link.child.name, error)
+            self._spawn_at = self._clock() + SPAWN_AGAIN_MS
+        self._server.kill(child.link.child, signal.SIGKILL)
 
     def _said(self, link: Link, frame: channel.FromChild) -> None:
         child = self._children[link.child.name]

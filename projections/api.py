@@ -66,6 +66,7 @@ from perdure.schemas.errors import (
 )
 from perdure.schemas.json_commands import strict_loads
 from perdure.schemas.public import TaskProgress
+from perdure.schemas.references import is_reference
 from perdure.streams.admission import admit
 
 LOG = logging.getLogger("perdure.server")
@@ -84,7 +85,7 @@ Health = Callable[[], Mapping[str, Any]]
 COMMANDS_AT_ONCE = 64
 """Commands that wait for the engine at the same time; queries have threads of their own and never wait behind them."""
 DOWNLOADS_AT_ONCE = 4
-"""Values that are on their way at the same time: each may be 64 MiB, and is in memory as a whole."""
+"""Large values that are on their way at the same time: each may be 64 MiB, and is in memory as a whole."""
 
 _STATUS: dict[type[PerdureError], int] = {
     NotFound: 404,
@@ -222,16 +223,18 @@ class _Api:
         return Answer({"types": [render.config(c) for c in self._views.config("type")]})
 
     def _value(self, name: str) -> Callable[[Request], Any]:
-        def fetched(task_id: str) -> bytes:
+        def recorded(task_id: str) -> bytes:
             self._known(task_id)
-            recorded = history.recorded(self._views.every_event(task_id, history.VALUES), name)
-            if recorded is None:
+            found = history.recorded(self._views.every_event(task_id, history.VALUES), name)
+            if found is None:
                 raise NotFound(f"no {name} of task {task_id!r} is recorded (yet)")
-            return self._fetch(task_id, recorded)
+            return found
 
         async def handle(request: Request) -> Response:
             task_id = _task_id(request)
-            return Download(lambda: fetched(task_id), f"{name}.json", self._downloads, HEADERS)
+            found = await to_thread.run_sync(recorded, task_id)
+            places = self._downloads if is_reference(found) else None
+            return Download(lambda: self._fetch(task_id, found), f"{name}.json", HEADERS, places)
 
         return handle
 

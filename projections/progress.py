@@ -18,18 +18,22 @@ nor has one that would take a century.
 from __future__ import annotations
 
 import math
+from contextlib import suppress
 from typing import Any, assert_never
 
 from perdure.projections.inputs import Fact, Transaction, fact, read_as, readable, task_of, written
 from perdure.schemas import durations, events, topics
 from perdure.schemas.codec import decode_as, replace
 from perdure.schemas.common import ErrorInfo
+from perdure.schemas.errors import DecodeError
 from perdure.schemas.public import TaskProgress
 from perdure.streams.log import Record
 from perdure.streams.store import META
 
 _EARLY = META + b"early/"
 """Before a task's key: its newest telemetry while its submit has not been read. Stays out of the public topic."""
+_SWEPT = META + b"swept"
+"""The last row that was looked at: a pass through all takes weeks, and has to outlast restarts."""
 KEPT_MS = 30 * topics.DAY_MS
 """For which a task is shown after the engine has forgotten it, log time; then its row is deleted."""
 _SWEPT_AT_ONCE = 2
@@ -81,15 +85,11 @@ _Unseen = (
 
 
 class ProgressProcessor:
-    """Keeps `task-progress`; the topic is the changelog of its own store. One instance for each partition."""
+    """Keeps `task-progress`; the topic is the changelog of its own store."""
 
     name = "progress"
     inputs = (topics.EVENTS.name, topics.TELEMETRY.name)
     changelog = topics.PROGRESS.name
-
-    def __init__(self) -> None:
-        self._swept = b""
-        """The last row that was looked at."""
 
     def handle(self, record: Record, tx: Transaction) -> None:
         """Fold one record into its task's row. Bad records are quarantined."""
@@ -121,15 +121,16 @@ class ProgressProcessor:
         Once for each task that is forgotten, two rows: so all are looked at before half as many again have come, and
         nothing has to be kept of what is due when.
         """
-        key = tx.after(self._swept)
-        self._swept = key or b""
+        key = tx.after(tx.get(_SWEPT) or b"")
+        tx.put(_SWEPT, key)
         row = None if key is None else tx.get(key)
         if key is None or row is None:
             return
-        progress = decode_as(TaskProgress, row)
-        if progress.retired and progress.updated_at < before:
-            tx.put(key, None)
-            tx.put(_EARLY + key, None)
+        with suppress(DecodeError):  # a row that nobody can read is not the fault of the task at hand
+            progress = decode_as(TaskProgress, row)
+            if progress.retired and progress.updated_at < before:
+                tx.put(key, None)
+                tx.put(_EARLY + key, None)
 
 
 def fold(progress: TaskProgress | None, record: Fact) -> TaskProgress | None:

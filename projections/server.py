@@ -180,6 +180,17 @@ class _Impatient(H11Protocol):
         self._expect()
         super().on_response_complete()
 
+    def pause_writing(self) -> None:
+        """Expect the client to take some of what lies here."""
+        super().pause_writing()
+        self._expect()
+
+    def resume_writing(self) -> None:
+        """See whether more is to come; else the next request is expected already."""
+        super().resume_writing()
+        if self.cycle is not None and not self.cycle.response_complete:
+            self._expect(nothing=True)
+
     def _expect(self, *, nothing: bool = False) -> None:
         if self._deadline is not None:
             self._deadline.cancel()

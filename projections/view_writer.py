@@ -240,6 +240,10 @@ class ViewWriter:
             raise DecodeError("accepted progress belongs on task-telemetry")
         if event.seq == 1:  # an id that was free again: the events of its former task are another story
             self._db.execute("DELETE FROM events WHERE task_id = ? AND offset < ?", (task_id, r.offset))
+        if isinstance(event, events.TaskRetired):  # its last record may be gone by now, and the tombstone as well
+            self._db.execute(
+                "UPDATE tasks SET retired_at = ? WHERE task_id = ? AND submitted_at < ?", (event.at, task_id, event.at)
+            )
         self._put("events", task_id, event.seq, event.at, type(event).__name__, r.partition, r.offset, r.value)
 
     def _put(self, table: str, *values: object) -> None:

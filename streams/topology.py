@@ -54,23 +54,23 @@ def create_topics(
 
 
 def replace_topic(log: KafkaLog, topic: Topic) -> None:
-    """Delete a topic, if it is there, and create it again: empty, with the replication and the settings it had.
+    """Delete a topic, if it is there, and create it again: empty, with the settings that were made for it.
 
-    One that is gone gets the replication of `task-events`, from which it is made anew. Blocks for seconds. Raises
-    `Unreachable`, or `KafkaException` when the broker refuses.
+    Its replication is that of `task-events`, from which it is made anew, or its own if that was greater. Blocks for
+    seconds. Raises `Unreachable`, or `KafkaException` when the broker refuses.
     """
     admin, name = log.admin(), topic.on(log.prefix)
     known = admin.list_topics(timeout=_CALL_S).topics
     there = name in known
-    replication = max(
-        len(p.replicas) for p in known[name if there else topics.EVENTS.on(log.prefix)].partitions.values()
-    )
+    like = [known[topics.EVENTS.on(log.prefix)], *([known[name]] if there else [])]
+    replication = max(len(p.replicas) for found in like for p in found.partitions.values())
     own = _own_settings(log, topic) if there else {}
+    needed = {n: value for n, value in topic.settings.items() if _STRICT.get(n, False)}
     count = log.partitions if topic.partitioned else 1
     if there:
         admin.delete_topics([name], request_timeout=_CALL_S)[name].result(_CALL_S)
         _await(lambda: name not in admin.list_topics(timeout=_CALL_S).topics, f"{name} is still there")
-    new = NewTopic(name, count, replication, config=own | topic.settings)
+    new = NewTopic(name, count, replication, config=topic.settings | own | needed)
     admin.create_topics([new], request_timeout=_CALL_S)[name].result(_CALL_S)
     _await_topics(log)
 
@@ -116,7 +116,7 @@ def _pin(log: KafkaLog, partitions: int) -> None:
 def pinned_partitions(log: KafkaLog, besides: Collection[Topic] = ()) -> int:
     """The namespace's partition count. Raises `ConfigurationError` if it has none, or the broker has another.
 
-    besides: topics that may be gone, since they are about to be made anew.
+    besides: topics that are about to be made anew: they may be gone, or as a broker makes what is asked for.
     """
     known = log.admin().list_topics(timeout=_CALL_S).topics if _reachable(log) else {}
     config = topics.CONFIG.on(log.prefix)
@@ -128,11 +128,12 @@ def pinned_partitions(log: KafkaLog, besides: Collection[Topic] = ()) -> int:
     for topic in topics.ALL:
         found = len(known[topic.on(log.prefix)].partitions) if topic.on(log.prefix) in known else 0
         wanted = count if topic.partitioned else 1
-        if not found and topic in besides:
+        if topic in besides:
             continue
-        if not found and topic is topics.CHANGELOG:
+        if found != wanted and topic is topics.CHANGELOG:
+            gone = f"has {found} partitions and not {wanted}" if found else "is gone"
             raise ConfigurationError(
-                f"topic {topic.on(log.prefix)} is gone: stop every engine, and make it anew with "
+                f"topic {topic.on(log.prefix)} {gone}: stop every engine, and make it anew with "
                 f"`perdure rebuild --from-events`"
             )
         if found != wanted:

@@ -23,6 +23,7 @@ from typing import TypeVar
 
 from perdure.connectors.embedded_kafka import EmbeddedKafka
 from perdure.schemas import topics
+from perdure.schemas.errors import Unreachable
 from perdure.streams.survey import survey_group
 from tests.chaos.load import Load, queues_of
 from tests.chaos.proxy import Proxy, proxied_kafka
@@ -293,7 +294,10 @@ class Campaign:
         """Wait until each engine has its share, so that what comes next is one fault and not two. Raises `NotRecovered`."""
 
         def shared() -> bool:
-            group = survey_group(self.stack.log, topics.ENGINE_GROUP)
+            try:
+                group = survey_group(self.stack.log, topics.ENGINE_GROUP)
+            except Unreachable:
+                return False
             return group.state == "STABLE" and sum(bool(o.partitions) for o in group.owners) == len(self.engines)
 
         self.patiently("a share for each engine", shared)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from confluent_kafka.admin import AlterConfigOpType, ConfigEntry, ConfigResource  # type: ignore[attr-defined]
+from confluent_kafka.admin import AlterConfigOpType, ConfigEntry, ConfigResource, NewTopic  # type: ignore[attr-defined]
 
 from perdure.schemas import topics
 from perdure.streams import topology
@@ -85,6 +85,11 @@ def test_a_changelog_that_is_gone_altogether_is_rebuilt_too(stack: Stack) -> Non
     assert engine.ended() != 0
     assert "is gone" in engine.text()
     assert "perdure rebuild --from-events" in engine.text()
+    admin.create_topics([NewTopic(name, 1, 1)])[name].result(10)  # as a broker does that makes whatever is asked for
+    until("the topic", lambda: name in admin.list_topics(timeout=10).topics)
+    engine.start()
+    assert engine.ended() != 0
+    assert "has 1 partitions" in engine.text()
     until("the engine has left the group, and the rebuild", lambda: _rebuilt(stack))
     stack.await_engine(engine.start())
     assert paused.status().state == "PAUSED"
@@ -93,10 +98,10 @@ def test_a_changelog_that_is_gone_altogether_is_rebuilt_too(stack: Stack) -> Non
 
 def test_a_replaced_topic_keeps_the_settings_that_were_made_for_it(stack: Stack) -> None:
     admin, name = stack.log.admin(), topics.CHANGELOG.on(stack.prefix)
-    wanted = ConfigEntry("flush.messages", "77", incremental_operation=AlterConfigOpType.SET)
+    wanted = ConfigEntry("delete.retention.ms", "777777777", incremental_operation=AlterConfigOpType.SET)
     resource = ConfigResource(ConfigResource.Type.TOPIC, name, incremental_configs=[wanted])
     admin.incremental_alter_configs([resource])[resource].result(10)
     topology.replace_topic(stack.log, topics.CHANGELOG)
     found = topology.settings_of(stack.log, [topics.CHANGELOG])[topics.CHANGELOG.name]
-    assert found["flush.messages"] == "77"
+    assert found["delete.retention.ms"] == "777777777"
     assert found["cleanup.policy"] == topics.CHANGELOG.settings["cleanup.policy"]

@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ import pytest
 
 from perdure import server_main
 from perdure.projections import server
+from perdure.projections.api import DOWNLOADS_AT_ONCE
 from perdure.projections.processors import DEAD_LETTERS, PROGRESS
 from perdure.projections.progress import ProgressProcessor
 from perdure.projections.view_writer import Reading, ViewWriter
@@ -28,6 +29,7 @@ from perdure.schemas import events, limits
 from perdure.schemas.codec import encode
 from perdure.schemas.errors import ConfigurationError, InfrastructureError, Unreachable
 from perdure.streams.memory_log import MemoryLog
+from tests.unit.projections import filling
 from tests.unit.projections.story import Story, append
 
 TOKEN = "correct horse battery staple"
@@ -46,6 +48,7 @@ class Running:
             "port": 0,
             "token": None,
             "commands": lambda c: {"accepted": True, **c},
+            "fetch": _fetch,
         } | said
         self._thread = threading.Thread(target=self._run, args=(log, db_path))
         self._thread.start()
@@ -83,7 +86,7 @@ class Running:
             self._url = url
 
         try:
-            self.exit_code = server.main(log, db_path=db_path, ready=ready, fetch=_fetch, stop=self.stop, **self._said)
+            self.exit_code = server.main(log, db_path=db_path, ready=ready, stop=self.stop, **self._said)
         except Exception as error:  # noqa: BLE001 - handed to the test by `ended`
             self.error = error
 
@@ -202,6 +205,35 @@ def test_clients_that_say_nothing_do_not_keep_others_out(
             if i % 3:
                 wire.sendall(whole[:20])
         until(lambda: raw(it, ASK).split(b" ", 2)[1] == b"200", "the API answers")
+
+
+def test_clients_that_do_not_take_what_they_asked_for_lose_their_places(
+    log: MemoryLog, db_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that stops at once, and one that stops shortly before the end, where nothing more is to be sent."""
+    monkeypatch.setattr(server, "PATIENCE_S", 0.5)
+    sizes = {"etl/much": 8 << 20, "etl/piece": 256 << 10}
+    for task_id in sizes:
+        filling.tell(log, Story(task_id).running(input=b"@a reference"))
+
+    def asked(held: ExitStack, name: str) -> socket.socket:
+        wire = held.enter_context(socket.socket())
+        wire.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4_096)
+        host, _, port = it.url.removeprefix("http://").rpartition(":")
+        wire.connect((host, int(port)))
+        wire.settimeout(30)
+        wire.sendall(b"GET /api/v1/tasks/etl%2F" + name.encode() + b"/input HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        return wire
+
+    with running(log, db_path, fetch=lambda task_id, _: b"1" * sizes[task_id]) as it, ExitStack() as held:
+        until(lambda: it.get("/health")[0] == 200, "the views are filled")
+        stalled = [asked(held, name) for name in ("much", "piece") for _ in range(DOWNLOADS_AT_ONCE)]
+        for wire in stalled:
+            assert wire.recv(12) == b"HTTP/1.1 200"  # it had a place, and takes no more of it
+        assert len(raw(it, b"GET /api/v1/tasks/etl%2Fmuch/input HTTP/1.1\r\n" + ASK.split(b"\r\n", 1)[1])) > 8 << 20
+        for wire in stalled:  # what lies in the sockets' buffers, and then the end
+            with suppress(ConnectionResetError):
+                assert sum(len(part) for part in iter(lambda wire=wire: wire.recv(1 << 16), b"")) < 8 << 20
 
 
 ASK = b"GET /api/v1/tasks HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
@@ -360,6 +392,7 @@ PROCESS = """
 import logging, sys, time
 from pathlib import Path
 from perdure.projections import server
+from perdure.projections.api import DOWNLOADS_AT_ONCE
 from perdure.streams.memory_log import MemoryLog
 
 logging.basicConfig(level=logging.DEBUG)

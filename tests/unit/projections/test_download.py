@@ -10,6 +10,7 @@ from anyio import CapacityLimiter
 
 from perdure.projections import download
 from perdure.projections.download import PIECE, Download
+from perdure.schemas.errors import Busy
 
 CONTENT = bytes(2 * PIECE) + b"and more"
 
@@ -19,7 +20,7 @@ def sent(places: CapacityLimiter, take: Any) -> None:
         raise AssertionError("nothing more is asked")
 
     async def run() -> None:
-        await Download(lambda: CONTENT, "result.json", places, {})({"type": "http"}, receive, take)
+        await Download(lambda: CONTENT, "result.json", {}, places)({"type": "http"}, receive, take)
 
     anyio.run(run)
 
@@ -40,14 +41,22 @@ def test_a_value_goes_in_pieces_and_keeps_its_place_until_the_last_is_taken() ->
     assert [m["more_body"] for m in messages[1:]] == [True, True, True, False]
 
 
-def test_a_client_that_takes_nothing_loses_its_place(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(download, "PATIENCE_S", 0.01)
+def test_who_gets_no_place_is_asked_to_come_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(download, "WAIT_S", 0.01)
+
+    async def take(message: Any) -> None:
+        raise AssertionError(f"nothing is to be sent: {message}")
+
+    with pytest.raises(Busy, match="on their way"):
+        sent(CapacityLimiter(0), take)
+
+
+def test_a_client_that_has_gone_frees_the_place() -> None:
     places = CapacityLimiter(1)
 
     async def take(message: Any) -> None:
-        if message["type"] == "http.response.body":
-            await anyio.sleep_forever()
+        raise OSError(message["type"])
 
-    with pytest.raises(TimeoutError):
+    with pytest.raises(OSError, match="start"):
         sent(places, take)
     assert places.borrowed_tokens == 0

@@ -315,6 +315,19 @@ def test_a_task_that_was_forgotten_goes_after_a_while(log: MemoryLog, path: Path
     assert "team" not in str(content(path)["labels"])
 
 
+def test_a_task_whose_last_record_nobody_has_seen_is_forgotten_by_its_event(
+    log: MemoryLog, path: Path, clock: Clock
+) -> None:
+    """A server that was away for long: record and tombstone are both compacted away, the event is not."""
+    gone = Story("etl/gone", at=0).running()
+    gone.then(events.TaskCompleted)
+    tell(log, gone)
+    append(log, "task-events", "etl/gone", gone.then(events.TaskRetired, at=6_000))
+    clock.now = 16_001
+    append(log, "task-events", "etl/open", Story("etl/open", at=15_001).then(events.TaskSubmitted))
+    assert filled(log, path, retention=Retention(tasks_ms=10_000)).status("etl/gone") is None
+
+
 def test_a_task_whose_record_is_deleted_goes_at_once(log: MemoryLog, path: Path) -> None:
     task(log, "etl/1")
     assert filled(log, path).status("etl/1") is not None
