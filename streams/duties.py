@@ -13,7 +13,7 @@ from functools import partial
 from perdure.schemas import codec, limits, topics
 from perdure.schemas.commands import ApplyConfig, Forwarded, ForwardedAck, Tick
 from perdure.schemas.errors import InfrastructureError
-from perdure.schemas.rows import Outbox
+from perdure.schemas.rows import Outbox, Position
 from perdure.schemas.signing import Keys, signed
 from perdure.streams import tables, timers
 from perdure.streams.config_view import ConfigView
@@ -63,6 +63,8 @@ class Duties:
         self._offered: dict[str, int] = {}
         self._tick_sent = 0
         self._tick_offset: int | None = -1
+        self._ahead: int | None = 0
+        """ms by which the host's clock was ahead of the log's at the last tick; None: that is not executed yet."""
         self._find_unsent()
         self._offer_deletions()
 
@@ -111,9 +113,11 @@ class Duties:
         wanted = self._engine.next_tick()
         if wanted is not None and now >= max(wanted, self._next_tick_at(wanted, now)):
             self._tick_sent, self._tick_offset = now, None
-            position = self._engine.state.position
-            executed = 0 if position is None else position.offset
-            tick = codec.encode(Tick(due=wanted or now, host_clock=now, executed=executed))
+            self._ahead = None
+            position = self._engine.state.position or Position(offset=0)
+            # What an input made due was not due before it: a tick may not look late for that.
+            due = max(wanted, position.at) if wanted else now
+            tick = codec.encode(Tick(due=due, host_clock=now, executed=position.offset))
             self._producer.append(topics.COMMANDS.name, self._partition, None, tick, self._tick_appended)
 
     def _tick_appended(self, offset: int, error: InfrastructureError | None) -> None:
@@ -125,9 +129,13 @@ class Duties:
         sent = self._tick_sent if self._tick_sent <= now else 0  # the host's clock may have been set back
         position = self._engine.state.position
         done = self._tick_offset is not None and position is not None and position.offset > self._tick_offset
-        if not done or timers.skewed(self._engine.state):
+        if position is None or not done or timers.skewed(self._engine.state):
             return sent + _PATIENCE_MS
-        return sent + (0 if wanted == timers.AT_ONCE else limits.TICK_SPACING_MS)
+        if wanted == timers.AT_ONCE:
+            return sent
+        if self._ahead is None:
+            self._ahead = min(max(0, self._tick_sent - position.at), limits.CLOCK_AGREES_MS)
+        return max(sent + limits.TICK_SPACING_MS, wanted + (self._ahead if sent else 0))
 
     def _offer_config(self) -> None:
         state = self._engine.state
