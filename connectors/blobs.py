@@ -19,6 +19,7 @@ from perdure.connectors import durable_files
 from perdure.schemas.errors import ConfigurationError, InfrastructureError, NotFound, Unreachable
 
 _PART = r"[A-Za-z0-9_=-][A-Za-z0-9._=-]*"
+_DRAFT_S = 24 * 3600
 _NAME = re.compile(rf"{_PART}(/{_PART})*")
 
 
@@ -124,7 +125,7 @@ class DirectoryBlobs:
             return file.read(size)
 
     def _below(self, folder: Path) -> Iterator[Blob]:
-        """What a crash has left unfinished has a dot before its name; what is deleted meanwhile is left out."""
+        """All but what a crash has left unfinished, which goes a day later, and what is deleted meanwhile."""
         try:
             entries = list(os.scandir(folder))
         except FileNotFoundError:
@@ -133,9 +134,14 @@ class DirectoryBlobs:
             path = folder / entry.name
             if entry.is_dir(follow_symlinks=False):
                 yield from self._below(path)
-            elif entry.is_file(follow_symlinks=False) and not entry.name.startswith("."):
+            elif entry.is_file(follow_symlinks=False):
                 with suppress(FileNotFoundError):
                     about = entry.stat(follow_symlinks=False)
+                    if entry.name.startswith("."):
+                        if entry.name.startswith(durable_files.DRAFT) and time.time() - about.st_mtime > _DRAFT_S:
+                            with suppress(OSError):  # it may be somebody else's to delete
+                                path.unlink()
+                        continue
                     name = path.relative_to(self.directory).as_posix()
                     yield Blob(name, about.st_size, about.st_mtime_ns // 1_000_000)
 

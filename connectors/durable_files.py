@@ -6,8 +6,10 @@ import os
 import tempfile
 from pathlib import Path
 
+DRAFT = ".draft-"
 
-def write(path: Path, data: bytes, draft: str = ".draft-") -> None:
+
+def write(path: Path, data: bytes, draft: str = DRAFT) -> None:
     """Write a file (0600), replacing what is there; it survives a crash of the machine from here on.
 
     `draft`: how the name of its unfinished self begins, which a crash leaves behind. Raises `OSError`.

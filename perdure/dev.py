@@ -42,7 +42,9 @@ _POLL_S = 0.1
 _DRAIN_S = 10
 _STOP_S = {"worker": _DRAIN_S + 5.0, "server": 10.0, "engine": 10.0}
 """How long each may take to stop, in the order of stopping; then it is killed."""
-_HEALTHY_S = 2.0
+_HEALTHY_S = 30.0
+_WORDS = 4_096
+"""Bytes of a log that may hold its last line."""
 _RESTART_S = (0.0, 0.0, 0.0, 0.5, 1.0, 2.0, 5.0)
 """Pauses before a process that keeps dying before it has come up is started again; the last one stays."""
 _GROUPS_S = 5.0
@@ -93,7 +95,12 @@ class Process:
 
     def last_words(self) -> str:
         """The last line of its log."""
-        lines = self.log.read_text(errors="replace").splitlines() if self.log.exists() else []
+        try:
+            with self.log.open("rb") as file:
+                file.seek(max(0, self.log.stat().st_size - _WORDS))
+                lines = file.read().decode(errors="replace").splitlines()
+        except FileNotFoundError:
+            lines = []
         return next((line.strip() for line in reversed(lines) if line.strip()), "it said nothing")
 
 

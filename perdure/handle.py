@@ -162,6 +162,7 @@ class Handle:
         """
         newest: deque[LogLine] = deque(maxlen=max(0, last_n))
         seen = caught_up = ended = False
+        ask_at = 0.0
         for record in self._tail(topics.LOGS.name):
             if record is not None:
                 seen = True
@@ -178,7 +179,9 @@ class Handle:
                 caught_up = True
             if ended or not follow:
                 return
-            ended = self.status().ended  # its last lines are in the log before its end is: one more look is enough
+            if time.monotonic() >= ask_at:  # others' lines may bring us here many times a second
+                ended = self.status().ended  # its last lines are in the log before its end is: one more look is enough
+                ask_at = time.monotonic() + _POLL_S
 
     # Inside ----------------------------------------------------------------------------------------------------------
 

@@ -29,6 +29,8 @@ PUBLISH_TIMEOUT_S = 30.0
 INBOX_RECORDS = 500
 _LOOK_MS = 200
 """How often slots may move while a partition is hungry."""
+_UNLANDED = 3
+"""Beats that may wait in the producer. In an outage of hours the next one says all that they say."""
 
 Config = dict[str, tuple[int, Any]]
 """Name -> (version, content) of everything in `config`."""
@@ -145,6 +147,10 @@ class Session:
     declined: bool = False
     """Whether a grant was declined: the engine gives no other before the next beat."""
     announced: bool = False
+    sent: int = 0
+    """Beats handed to the producer."""
+    landed: int = 0
+    """Those that the log has, or has refused; counted on the log's thread."""
 
     def take_slot(self) -> None:
         """Another attempt of the session runs."""
@@ -234,14 +240,18 @@ class Sessions:
                 continue
             if not session.announced:
                 self._announce(session, now)
+            if session.sent - session.landed >= _UNLANDED:
+                session.beat_due = now + _LOOK_MS
+                continue
             session.beat_due = now + limits.BEAT_MS
             lent = self._lend(session)
             session.pressed = session.hungry  # not by what it gives up now
             session.lent = lent
-            message = WorkerBeat(
-                session=session.id, grants_seen=session.grants_seen, free=free(session), slots=session.lent
-            )
-            self._append(session, message, self._hears(session, now, lent))
+            offered = free(session)
+            session.declined = session.declined and not offered
+            message = WorkerBeat(session=session.id, grants_seen=session.grants_seen, free=offered, slots=session.lent)
+            session.sent += 1
+            self._append(session, message, self._lands(session, self._hears(session, now, lent)))
 
     def next_beat(self) -> int | None:
         """When the next beat is due, or slots go on moving; None: there is no session."""
@@ -273,12 +283,16 @@ class Sessions:
         spare = session.lane.slots - sum(s.bound for s in lane)
         return min(wanted, session.lent + max(0, spare))
 
-    def beat_after_decline(self, executor: str, now: int) -> None:
-        """A slot is free: let the engine know of it at once where it has held back since a grant was declined."""
-        for session in self:
-            if session.declined and session.lane.executor == executor:
-                session.declined = False
-                session.beat_due = now
+    def beat_after_decline(self, executor: str, free: int, now: int) -> None:
+        """Slots are free: let the engine know at once where it has held back since a grant was declined.
+
+        As many partitions as there are slots, those first that have waited longest: were all told of the same slot, all
+        but one would grant in vain. The next beats tell the others.
+        """
+        declined = [s for s in self if s.declined and s.lane.executor == executor and s.running < s.lent]
+        for session in sorted(declined, key=lambda s: s.beat_due)[:free]:
+            session.declined = False
+            session.beat_due = now
 
     def stop(self, reason: str) -> None:
         """Tell every partition that this worker takes no more work."""
@@ -309,6 +323,13 @@ class Sessions:
                 session.heard = max(session.heard, sent)
                 session.held = lent
                 self._on_heard(session)
+
+        return on_ack
+
+    def _lands(self, session: Session, hears: OnAck) -> OnAck:
+        def on_ack(offset: int, error: InfrastructureError | None) -> None:
+            session.landed += 1
+            hears(offset, error)
 
         return on_ack
 

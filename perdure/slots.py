@@ -40,7 +40,7 @@ FINISH_MS = 5_000
 """How long a child may take from the end of its attempt until it is idle or gone."""
 STRICT_GRACE_MS = 1_000
 """How long an async attempt under `strict_lease` may take to stop; its child is killed then."""
-SPAWN_AGAIN_MS = 1_000
+SPAWN_AGAIN_MS, SPAWN_AGAIN_MOST_MS = 1_000, 30_000
 """Pause after a child could not be started."""
 LOG = logging.getLogger("perdure.worker")
 
@@ -93,6 +93,8 @@ class ChildState:
         """CPU seconds of attempts that have ended."""
         self.killed = False
         self.gone = False
+        self.used = False
+        """Whether it has been handed an attempt."""
 
 
 class Slots:
@@ -128,6 +130,7 @@ class Slots:
         self._starts = 0
         self._spawn_at: int | None = None
         """Until when no child is started, after one could not be."""
+        self._spawn_pause = SPAWN_AGAIN_MS
         self.stopping = False
 
     # What the worker asks --------------------------------------------------------------------------------------------
@@ -141,10 +144,20 @@ class Slots:
         """Ids of the tasks that hold a slot."""
         return [task_id for task_id, _ in self._attempts]
 
+    def idle(self, executor: str) -> int:
+        """Slots that nothing runs in. While no child can be started: those that there is a child for."""
+        idle = self._capacity[executor] - self._taken[executor]
+        if self._spawn_at is None:
+            return idle
+        children = [c for c in self._children.values() if c.executor == executor]
+        if executor == "async":
+            return idle if children else 0
+        coming = sum(child.pid == 0 for child in children)
+        return max(0, min(idle, len(self._idle[executor]) + coming - len(self._waiting[executor])))
+
     def free(self, session: Session) -> int:
         """Idle slots that the session's partition may use."""
-        executor = session.lane.executor
-        return max(0, min(session.lent - session.running, self._capacity[executor] - self._taken[executor]))
+        return max(0, min(session.lent - session.running, self.idle(session.lane.executor)))
 
     def take(self, session: Session, grant: RunAttempt) -> None:
         """Run the grant, or decline it."""
@@ -312,6 +325,8 @@ class Slots:
                 return
             assert outputs is not None, "a process child gets pipes with each attempt"
             attempt.pipes = Pipes(self._events, outputs, partial(self._wrote, attempt))
+        if not child.used:
+            child.used, self._spawn_pause = True, SPAWN_AGAIN_MS
         for page in attempt.early:
             child.link.send(page)
         attempt.early.clear()
@@ -321,7 +336,7 @@ class Slots:
         """A child has died while it was idle; or we are out of descriptors, and whoever comes next is no better off."""
         if error.errno not in (errno.EPIPE, errno.ECONNRESET):
             LOG.error("child %s cannot be handed a task: %s", child.link.child.name, error)
-            self._spawn_at = self._clock() + SPAWN_AGAIN_MS
+            self._wait_with_children()
         self._server.kill(child.link.child, signal.SIGKILL)
 
     def _said(self, link: Link, frame: channel.FromChild) -> None:
@@ -389,7 +404,7 @@ class Slots:
             child.link.drain()
             del self._children[ended.child]
             self._idle[child.executor] = [c for c in self._idle[child.executor] if c is not child]
-            if child.pid == 0:
+            if child.pid == 0 or (ended.exit_code and not child.used):
                 self._could_not_start(child, ended)
             last = max(child.attempts.values(), key=lambda a: a.order, default=None)
             for attempt in list(child.attempts.values()):
@@ -419,10 +434,17 @@ class Slots:
         LOG.error(
             "a child could not be started: %s", ended.detail or f"exit code {ended.exit_code}, signal {ended.signal}"
         )
-        self._spawn_at = self._clock() + SPAWN_AGAIN_MS
+        self._wait_with_children()
         for attempt in list(self._waiting[child.executor]):
             attempt.session.declined = True
             self._end(attempt, AttemptDeclined(seq=0, reason="unloadable"))
+
+    def _wait_with_children(self) -> None:
+        """Start none for a while, and for longer each time until one has begun to work."""
+        if self._spawn_at is not None:
+            return
+        self._spawn_at = self._clock() + self._spawn_pause
+        self._spawn_pause = min(self._spawn_pause * 2, SPAWN_AGAIN_MOST_MS)
 
     # Attempts --------------------------------------------------------------------------------------------------------
 
@@ -431,7 +453,9 @@ class Slots:
             return "stopping"
         if not executor:
             return "unknown_type"
-        return "full" if self._taken[executor] >= self._capacity[executor] else ""
+        if self._taken[executor] >= self._capacity[executor]:
+            return "full"
+        return "" if self.idle(executor) > 0 else "unloadable"
 
     def _stop(self, attempt: Attempt, why: str, reason: str) -> None:
         """Ask the child to stop the attempt at its next boundary."""

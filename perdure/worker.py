@@ -264,7 +264,7 @@ class Worker:
         return 0 if self._stops else self._slots.free(session)
 
     def _freed(self, executor: str) -> None:
-        self._sessions.beat_after_decline(executor, _clock())
+        self._sessions.beat_after_decline(executor, self._slots.idle(executor), _clock())
 
     def _queue_names(self) -> list[str]:
         return sorted(key for routing_keys in self._routing.values() for key in routing_keys)

@@ -144,7 +144,7 @@ class FindTasks:
 class Tick:
     """Tells a partition that time has passed; only ticks fire timers."""
 
-    due: A[int, "Log time at which the earliest timer was due, ms."]
+    due: A[int, "Log time at which the tick was due, ms: that of the earliest timer, or of the input that made it so."]
     host_clock: A[int, "The host's own clock when it appended the tick, ms."]
     executed: A[int, "Offset before which all inputs were executed and committed then; 0: not said."] = 0
 

@@ -61,7 +61,7 @@ class Duties:
         self._partition = engine.state.partition
         self._ways = {target: _Way() for target in range(engine.state.partitions)}
         self._offered: dict[str, int] = {}
-        self._tick_sent = 0
+        self._tick_sent = self._tick_landed = 0
         self._tick_offset: int | None = -1
         self._ahead: int | None = 0
         """ms by which the host's clock was ahead of the log's at the last tick; None: that is not executed yet."""
@@ -118,11 +118,11 @@ class Duties:
             # What an input made due was not due before it: a tick may not look late for that.
             due = max(wanted, position.at) if wanted else now
             tick = codec.encode(Tick(due=due, host_clock=now, executed=position.offset))
-            self._producer.append(topics.COMMANDS.name, self._partition, None, tick, self._tick_appended)
+            self._producer.append(topics.COMMANDS.name, self._partition, None, tick, partial(self._tick_appended, now))
 
-    def _tick_appended(self, offset: int, error: InfrastructureError | None) -> None:
+    def _tick_appended(self, sent: int, offset: int, error: InfrastructureError | None) -> None:
         if error is None:
-            self._tick_offset = offset
+            self._tick_landed, self._tick_offset = sent, offset
 
     def _next_tick_at(self, wanted: int, now: int) -> int:
         """When another tick makes sense: after the last one was executed; while clocks disagree, now and then."""
@@ -134,8 +134,9 @@ class Duties:
         if wanted == timers.AT_ONCE:
             return sent
         if self._ahead is None:
-            self._ahead = min(max(0, self._tick_sent - position.at), limits.CLOCK_AGREES_MS)
-        return max(sent + limits.TICK_SPACING_MS, wanted + (self._ahead if sent else 0))
+            self._ahead = min(max(0, self._tick_landed - position.at), limits.CLOCK_AGREES_MS)
+        come = position.at >= wanted  # the log itself has shown that it is time
+        return max(sent + limits.TICK_SPACING_MS, wanted + (self._ahead if sent and not come else 0))
 
     def _offer_config(self) -> None:
         state = self._engine.state

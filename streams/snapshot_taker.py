@@ -68,7 +68,7 @@ class SnapshotTaker:
                 self.snapshots.collect(place, copy.at)
                 LOG.info("partition %s: snapshot %s", place.partition, manifest.name)
             except (InfrastructureError, OSError) as error:
-                copy.owner.failed(error)
+                copy.owner.failed(error, copy.at)
             finally:
                 shutil.rmtree(copy.path, ignore_errors=True)
                 self.uploading.discard(copy.path)
@@ -102,7 +102,7 @@ class SnapshotDuty:
             self._sweep()
             self._store.copy_to(self._path)
         except InfrastructureError as error:
-            self.failed(error)
+            self.failed(error, now)
             return
         self._rows, self._bytes, self._at = shard.rows_written, shard.bytes_written, now
         offset = position_of(self._store)
@@ -116,10 +116,10 @@ class SnapshotDuty:
             if pid.isdecimal() and (int(pid) == os.getpid() or not _lives(int(pid))):
                 shutil.rmtree(path, ignore_errors=True)
 
-    def failed(self, error: Exception) -> None:
-        """Try again, but not at once."""
-        self._rows -= self._taker.often.rows
-        self._not_before = self._at + RETRY_MS
+    def failed(self, error: Exception, at: int) -> None:
+        """Try again, but not at once. `at`: wall time of the copy, ms."""
+        self._rows = self._shard.rows_written - self._taker.often.rows
+        self._not_before = at + RETRY_MS
         LOG.warning("partition %s: no snapshot was taken, one will be later: %s", self.place.partition, error)
 
     def _is_due(self, now: int) -> bool:

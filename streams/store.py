@@ -130,8 +130,10 @@ class RocksStore:
         """Make a copy of the store as it is now, by links to its files; `path` must not exist. Takes milliseconds to
         write what is in memory. Raises `InfrastructureError`.
         """
-        with self._sound("copied"):
+        try:
             Checkpoint(self._db).create_checkpoint(str(path))
+        except Exception as error:  # a target that is there already is an "invalid argument", and no damage
+            raise InfrastructureError(f"the store {self.path} cannot be copied to {path}: {error}") from error
 
     def close(self) -> None:
         with self._sound("closed"):

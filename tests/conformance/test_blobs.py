@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -146,8 +147,14 @@ def test_only_the_owner_may_read(tmp_path: Path) -> None:
 def test_what_a_crash_left_unfinished_is_no_blob(tmp_path: Path) -> None:
     blobs = DirectoryBlobs(tmp_path)
     blobs.put("a/x", b"x")
-    (tmp_path / "a/.draft-1").write_bytes(b"half")
+    young, old = tmp_path / "a/.draft-1", tmp_path / "a/.draft-2"
+    for draft in (young, old):
+        draft.write_bytes(b"half")
+    long_ago = time.time() - 25 * 3600
+    os.utime(old, (long_ago, long_ago))
     assert [b.name for b in blobs.list("a")] == ["a/x"]
+    assert young.exists(), "somebody may be writing it"
+    assert not old.exists()
 
 
 def test_something_else_in_a_blobs_place_is_for_a_person_to_see_to(tmp_path: Path) -> None:

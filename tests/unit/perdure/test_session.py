@@ -7,7 +7,7 @@ import pytest
 
 from perdure.schemas import codec, ids, limits
 from perdure.schemas.commands import WorkerBeat, WorkerStarted, WorkerStopping
-from perdure.schemas.errors import InfrastructureError
+from perdure.schemas.errors import InfrastructureError, Unreachable
 from perdure.schemas.inbox import EndSession, InboxRecord
 from perdure.schemas.public import ConfigRecord, Quarantined
 from perdure.session import Inbox, Lane, Session, Sessions, publish, read_config, routing_by_partition
@@ -103,6 +103,39 @@ def test_a_session_counts_as_heard_since_its_newest_acknowledged_beat_was_sent(
     session.take_slot()
     assert not session.orphaned(602_000)
     assert session.orphaned(602_001)
+
+
+def test_beats_that_do_not_land_are_not_piled_up(sessions: Sessions, producer: Answering) -> None:
+    """An outage of hours: whoever comes back says once how it is, and not what it was every two seconds."""
+    session = sessions.begin(LANE, 0, "s-1", ["etl"], 1, 0, now=0)
+    for beat in range(1_000):
+        sessions.beat(beat * limits.BEAT_MS, lambda s: 1)
+    assert len(producer.sent) == 1 + 3
+    assert sessions.next_beat() == 999 * limits.BEAT_MS + 200
+    while not producer.flush(0):
+        producer.answer(Unreachable("away"))
+    session.grants_seen = 5
+    sessions.beat(1_000 * limits.BEAT_MS, lambda s: 1)
+    beats = [m for _, _, m in producer.sent if isinstance(m, WorkerBeat)]
+    assert [beat.grants_seen for beat in beats] == [0, 0, 0, 5]
+
+
+def test_of_one_free_slot_one_partition_is_told(sessions: Sessions, producer: Answering) -> None:
+    """The one that has waited longest; another one that granted as well would be declined again."""
+    of = [sessions.begin(LANE, p, "s-1", ["etl"], 1, 0, now=0) for p in range(3)]
+    sessions.beat(0, lambda s: 0)
+    of.append(sessions.begin(LANE, 3, "s-1", ["etl"], 1, 0, now=0))
+    of[3].running = 1
+    of[3].declined, of[3].beat_due = True, 1_000  # it could not take the slot
+    for session, due in zip(of, (2_000, 1_500, 1_800), strict=False):
+        session.declined, session.beat_due = True, due
+    sessions.beat_after_decline("process", 1, 1_000)
+    assert [session.declined for session in of] == [True, False, True, True]
+    producer.sent.clear()
+    sessions.beat(1_000, lambda s: 1)
+    assert [partition for _, partition, _ in producer.sent] == [1, 3]
+    sessions.beat(1_800, lambda s: 1)
+    assert [session.declined for session in of] == [True, False, False, False], "a beat of its own has told it too"
 
 
 def test_a_beat_that_fails_is_not_heard_and_a_failed_announcement_is_repeated(

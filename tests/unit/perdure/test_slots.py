@@ -23,7 +23,7 @@ from perdure.schemas.reports import (
     ReportStep,
     SendSteps,
 )
-from perdure.slots import FINISH_MS, SPARE
+from perdure.slots import FINISH_MS, SPARE, SPAWN_AGAIN_MOST_MS, SPAWN_AGAIN_MS
 from tests.unit.perdure.played import PlayedChild
 from tests.unit.perdure.slots_bench import TASK, Bench, completed
 
@@ -315,6 +315,58 @@ def test_when_no_child_can_be_started_the_grant_goes_back(bench: Bench) -> None:
     assert due is not None
     bench.turn(due - bench.now)
     assert len(bench.server.children) == before + 1
+
+
+def test_while_no_child_can_be_started_no_slot_is_offered_and_the_pauses_grow(bench: Bench) -> None:
+    """Tasks go to workers that can run them, instead of being granted here and declined every second."""
+    pauses = []
+    for _ in range(7):
+        for child in bench.children():
+            child.die(detail="fork: Resource temporarily unavailable")
+        bench.turn()
+        assert bench.slots.free(bench.session) == 0
+        due = bench.slots.next_due()
+        assert due is not None
+        pauses.append(due - bench.now)
+        bench.turn(pauses[-1])
+        assert bench.slots.free(bench.session) == 2
+    assert pauses[0] == SPAWN_AGAIN_MS
+    assert pauses == sorted(pauses)
+    assert pauses[-1] == SPAWN_AGAIN_MOST_MS
+    bench.ready()
+    bench.begin()
+    for _ in range(2):  # those that had begun, and those that were to follow them
+        for child in bench.children():
+            child.die(detail="fork: Resource temporarily unavailable")
+        bench.turn()
+    assert bench.slots.next_due() == bench.now + SPAWN_AGAIN_MS, "one has worked meanwhile"
+
+
+def test_beside_a_busy_child_nothing_is_taken_that_no_child_can_run(bench: Bench) -> None:
+    bench.ready()
+    busy = bench.begin()
+    for _ in range(2):
+        for child in bench.children():
+            if child is not busy:
+                child.die(detail="fork: Resource temporarily unavailable")
+        bench.turn()
+    assert bench.slots.free(bench.session) == 0
+    bench.take("etl/2")
+    assert [r.reason for r in bench.reports(AttemptDeclined)] == ["unloadable"]
+    bench.turn(SPAWN_AGAIN_MS)
+    bench.ready()
+    assert bench.slots.free(bench.session) == 1
+
+
+def test_a_child_that_ends_before_its_first_attempt_is_not_replaced_at_once(bench: Bench) -> None:
+    bench.ready()
+    before = len(bench.server.children)
+    for child in bench.children():
+        child.die(exit_code=70)
+    bench.turn()
+    assert len(bench.server.children) == before
+    bench.turn(SPAWN_AGAIN_MS)
+    assert len(bench.server.children) > before
 
 
 def test_a_few_children_are_kept_ready_up_to_the_slots() -> None:

@@ -21,14 +21,17 @@ def test_a_grant_to_a_worker_that_has_gone_silent_gives_it_no_second_term() -> N
 
 
 def test_a_tick_that_could_not_be_written_in_time_is_late() -> None:
-    """As after an outage, in which nobody could beat."""
+    """As after an outage, in which nobody could beat. What was due in it is a start, long before any lease is over."""
     world = World(partitions=1)
     worker = ScriptedWorker(world).start()
     world.submit()
     worker.beat()
-    world.now += 14 * SECOND
+    world.submit(not_before=world.now + 3 * SECOND)
+    world.now += 9 * SECOND
     world.advance(8 * SECOND)
     assert world.of_kind(events.AttemptLost) == []
+    world.advance(8 * SECOND)
+    assert world.of_kind(events.AttemptLost) != []
 
 
 def test_a_host_whose_clock_is_ahead_sends_no_more_ticks_for_it() -> None:

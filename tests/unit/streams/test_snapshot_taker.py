@@ -12,9 +12,9 @@ import pytest
 
 from perdure.connectors.blobs import DirectoryBlobs
 from perdure.streams.shard import CHANGELOG_POSITION
-from perdure.streams.snapshot_taker import Often, SnapshotDuty, SnapshotTaker
+from perdure.streams.snapshot_taker import RETRY_MS, Often, SnapshotDuty, SnapshotTaker
 from perdure.streams.snapshots import Place, Snapshots
-from perdure.streams.store import RocksStore
+from perdure.streams.store import RocksStore, is_damaged
 from tests.integration.stack import until
 
 PLACE = Place("engine", 0, "changelog-id")
@@ -74,4 +74,31 @@ def test_what_was_left_by_those_who_are_gone_is_swept(store: RocksStore, tmp_pat
     duty(taker, store).consider(1_000)
     taker.close(10.0)
     assert [path.name for path in folder.glob("copy-*")] == [f"copy-{os.getppid()}"]
+    store.close()
+
+
+def test_a_copy_that_fails_is_tried_again_after_a_while_and_harms_nothing(store: RocksStore, tmp_path: Path) -> None:
+    """Something lies where the copy is to be, which cannot be swept: no damage of the store, though RocksDB names it so."""
+    blocked = store.path.parent / f"copy-{os.getpid()}"
+    blocked.write_text("no directory")
+    snapshots = Snapshots(DirectoryBlobs(tmp_path / "blobs"))
+    taker = SnapshotTaker(snapshots, "test", Often(rows=1))
+    duty_ = duty(taker, store)
+    tried: list[int] = []
+    copy_to = store.copy_to
+
+    def counted(path: Path) -> None:
+        tried.append(now)
+        copy_to(path)
+
+    store.copy_to = counted  # type: ignore[method-assign]
+    for now in range(1_000_000, 1_000_000 + 2 * RETRY_MS, 1_000):
+        duty_.consider(now)
+    assert tried == [1_000_000, 1_000_000 + RETRY_MS]
+    assert not is_damaged(store.path)
+    blocked.unlink()
+    now = 1_000_000 + 2 * RETRY_MS
+    duty_.consider(now)
+    until("a snapshot", lambda: snapshots.names(PLACE))
+    taker.close(10.0)
     store.close()
