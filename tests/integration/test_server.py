@@ -210,7 +210,7 @@ def test_clients_that_say_nothing_do_not_keep_others_out(
 def test_clients_that_do_not_take_what_they_asked_for_lose_their_places(
     log: MemoryLog, db_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One that stops at once, and one that stops shortly before the end, where nothing more is to be sent."""
+    """Of a large value, of which much is left to be sent, and of one piece, which may lie in the sockets as a whole."""
     monkeypatch.setattr(server, "PATIENCE_S", 0.5)
     sizes = {"etl/much": 8 << 20, "etl/piece": 256 << 10}
     for task_id in sizes:
@@ -392,7 +392,6 @@ PROCESS = """
 import logging, sys, time
 from pathlib import Path
 from perdure.projections import server
-from perdure.projections.api import DOWNLOADS_AT_ONCE
 from perdure.streams.memory_log import MemoryLog
 
 logging.basicConfig(level=logging.DEBUG)
