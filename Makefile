@@ -11,7 +11,7 @@ HOURS ?= 1
 demo: $(VENV)/.installed ## a real long task on a real Kafka, with kills and a proof at the end
 	$(BIN)/perdure demo
 
-test: $(VENV)/.installed-test lint types ## every test, on a real broker
+test: $(VENV)/.installed-test lint types ## every test but the slow ones, on a real broker
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 test-slow: $(VENV)/.installed-test ## what takes half a minute and more: three brokers, containers where a Docker daemon runs, long outages
@@ -24,7 +24,7 @@ lint: $(VENV)/.installed-test
 types: $(VENV)/.installed-test
 	$(BIN)/mypy
 
-bench: $(VENV)/.installed-test ## the figures of docs/benchmarks.md
+bench: $(VENV)/.installed-test ## the first table of docs/benchmarks.md; `.venv/bin/python -m benchmarks stack` and others: the rest
 	$(BIN)/python -m benchmarks
 
 chaos: $(VENV)/.installed-test ## faults of every kind under load, and the proof after them: see docs/chaos.md

@@ -95,9 +95,12 @@ class DirectoryBlobs:
     def put(self, name: str, data: bytes) -> None:
         """See `Blobs`."""
         path = self.directory / checked(name)
-        with _told(f"the blob {path} cannot be written"):
-            self._make(path.parent)
-            durable_files.write(path, data)
+        try:
+            with _told(f"the blob {path} cannot be written"):
+                self._make(path.parent)
+                durable_files.write(path, data)
+        except NotFound as error:  # its folder, or what it was written to at first, was taken away meanwhile
+            raise Unreachable(str(error)) from error
 
     def get(self, name: str) -> bytes:
         """See `Blobs`."""
@@ -121,8 +124,13 @@ class DirectoryBlobs:
 
     def _read(self, name: str, size: int) -> bytes:
         path = self.directory / checked(name)
-        with _told(f"the blob {path} cannot be read"), open(path, "rb", opener=_no_link) as file:
-            return file.read(size)
+        try:
+            with _told(f"the blob {path} cannot be read"), open(path, "rb", opener=_no_link) as file:
+                return file.read(size)
+        except NotFound as error:
+            if self.directory.is_dir():
+                raise
+            raise Unreachable(f"{error}: {self.directory} itself is not there; is it mounted?") from error
 
     def _below(self, folder: Path) -> Iterator[Blob]:
         """All but what a crash has left unfinished, which goes a day later, and what is deleted meanwhile."""

@@ -41,7 +41,12 @@ class ObjectBlobs:
     def put(self, name: str, data: bytes) -> None:
         """See `Blobs`."""
         with self._told(checked(name)):
-            obstore.put(self._store, name, data)
+            try:
+                obstore.put(self._store, name, data)
+            except FileNotFoundError as error:  # an upload in parts that the store has given up, or ended already
+                if _names_bucket(error):
+                    raise
+                raise Unreachable(f"{self._where}/{name} was not taken: {_first_line(error)}") from error
 
     def get(self, name: str) -> bytes:
         """See `Blobs`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import urllib.error
 import urllib.parse
@@ -26,7 +27,10 @@ class ApiClient:
         self._token = settings.api_token
         if not self._base.startswith(("http://", "https://")):
             raise ConfigurationError(f"the HTTP API's address {self._base!r} has to begin with http:// or https://")
-        host = urllib.parse.urlsplit(self._base).hostname or ""
+        try:
+            host = urllib.parse.urlsplit(self._base).hostname or ""
+        except ValueError as error:
+            raise ConfigurationError(f"the HTTP API's address {self._base!r} is none: {error}") from error
         local = host == "localhost" or host == "::1" or host.startswith("127.")
         proxies = urllib.request.ProxyHandler({} if local else None)
         self._opener = urllib.request.build_opener(proxies, _NoRedirect)
@@ -36,24 +40,35 @@ class ApiClient:
 
         Raises `Unreachable`, `NotFound`, `InvalidRequest`, or `PerdureError` with the server's own words.
         """
-        given = {key: value for key, value in query.items() if value is not None}
-        url = f"{self._base}/api/v1/{path}" + (f"/{urllib.parse.quote(name, safe='')}" if name is not None else "")
-        request = urllib.request.Request(url + (f"?{urllib.parse.urlencode(given)}" if given else ""))  # noqa: S310
-        if self._token:
-            request.add_header("Authorization", f"Bearer {self._token}")
+        url = f"{self._base}/api/v1/{path}{_encoded(name, query)}"
         try:
+            request = urllib.request.Request(url)  # noqa: S310
+            if self._token:
+                request.add_header("Authorization", f"Bearer {self._token}")
             with self._opener.open(request, timeout=_TIMEOUT_S) as answer:
                 content = json.loads(answer.read(_ANSWER_MAX))
         except urllib.error.HTTPError as error:
             raise _told(error) from error
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, http.client.HTTPException) as error:
+            # Only what the system says is shown: a ValueError may quote the header that holds the token.
+            why = error if isinstance(error, OSError) else type(error).__name__
             raise Unreachable(
-                f"no Perdure server answers at {self._base} ({error}): this command needs one; "
+                f"no Perdure server answers at {self._base} ({why}): this command needs one; "
                 "start it with `perdure server`, or all at once with `perdure dev`"
             ) from error
         if not isinstance(content, dict):
             raise Unreachable(f"what answers at {self._base} is no Perdure server")
         return content
+
+
+def _encoded(name: str | None, query: Mapping[str, Any]) -> str:
+    """The end of a URL. Raises `InvalidRequest` for what is no text."""
+    given = {key: value for key, value in query.items() if value is not None}
+    try:
+        path = "" if name is None else "/" + urllib.parse.quote(name, safe="")
+        return path + (f"?{urllib.parse.urlencode(given)}" if given else "")
+    except UnicodeEncodeError as error:
+        raise InvalidRequest("an argument holds bytes that are no text") from error
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):

@@ -16,6 +16,7 @@ from perdure.schemas import codec, ids, json_commands, limits, topics
 from perdure.schemas.errors import DecodeError, Unreachable
 from perdure.schemas.public import ConfigRecord
 from perdure.streams.log import Log, Record
+from perdure.streams.policies import fault
 
 _FRESH_S = 1.0
 _READ_S = 5.0
@@ -110,8 +111,11 @@ class Catalog:
             self._entries.pop(name, None)
             return
         try:
-            content = json_commands.strict_loads(codec.decode_as(ConfigRecord, record.value).content)
+            text = codec.decode_as(ConfigRecord, record.value).content
+            content = json_commands.strict_loads(text)
         except DecodeError:
             return  # the engine hosts quarantine it, with its cause; the version before it stays in force here as there
+        if name.partition("/")[0] in ("type", "queue") and fault(name, text) is not None:
+            return
         if isinstance(content, dict):
             self._entries[name] = Entry(record.offset, content)

@@ -100,7 +100,7 @@ def _slices(
 
 def _offset(log: Log, partition: int, place: Place, executed: int, *, after: bool) -> int | None:
     """The first input of a place or, `after` it, the next one; None if the place says nothing of the partition."""
-    from perdure.replaying import first_at
+    from perdure.replaying import first_at, next_after
     from perdure.schemas import topics
     from perdure.streams.log import records_of
 
@@ -112,7 +112,8 @@ def _offset(log: Log, partition: int, place: Place, executed: int, *, after: boo
     if point.command is not None:
         return point.command + after
     assert point.at is not None, "it is a time then"
-    found = first_at(records_of(log, topics.COMMANDS.name, partition, committed=False), point.at + after)
+    records = records_of(log, topics.COMMANDS.name, partition, committed=False)
+    found = next_after(records, point.at) if after else first_at(records, point.at)
     return executed if found is None else found
 
 

@@ -28,7 +28,10 @@ def topics(session: Session) -> int:
     perdure topics
     perdure topics create --partitions 8 --replication 3
     """
-    if click.get_current_context().invoked_subcommand is not None:
+    subcommand = click.get_current_context().invoked_subcommand
+    if subcommand is not None:
+        if session.json or any(value is not None for value in session.flags.values()):
+            raise click.UsageError(f"write the options behind {subcommand!r}: here they would not count for it")
         return 0
     from perdure.streams.survey import survey_topics
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from perdure.cli_common import Session, session
-from perdure.schemas.errors import CommandRefused, InvalidRequest, Unreachable
+from perdure.schemas.errors import CommandRefused, InvalidRequest
 
 if TYPE_CHECKING:
     from perdure.streams.config_view import ConfigView
@@ -33,6 +33,7 @@ def upgrade(session: Session, wanted: int | None) -> int:
     from perdure.streams.decision import FEATURE_LEVEL, LEVEL
     from perdure.streams.host import namespace_level
     from perdure.streams.kafka_log import KafkaLog
+    from perdure.streams.log import append_one
 
     settings = session.settings()
     level = wanted or FEATURE_LEVEL
@@ -47,13 +48,8 @@ def upgrade(session: Session, wanted: int | None) -> int:
         raise CommandRefused(f"the namespace is at level {present}, and levels are never lowered")
     if level > present:
         _refuse_older(log, view, level)
-        producer = log.producer()
         record = ConfigRecord(name=LEVEL, content=json.dumps({"level": level}).encode())
-        producer.append(topics.CONFIG.name, 0, LEVEL.encode(), codec.encode(record))
-        done = producer.flush(15.0)
-        producer.close()
-        if not done:
-            raise Unreachable("the level could not be written to config")
+        append_one(log, topics.CONFIG.name, 0, LEVEL.encode(), codec.encode(record))
     session.answer({"level": level, "was": present}, f"feature level {level} (was {present})")
     return 0
 

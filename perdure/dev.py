@@ -47,6 +47,8 @@ _WORDS = 4_096
 """Bytes of a log that may hold its last line."""
 _RESTART_S = (0.0, 0.0, 0.0, 0.5, 1.0, 2.0, 5.0)
 """Pauses before a process that keeps dying before it has come up is started again; the last one stays."""
+_LAST = 10
+"""Nice value of what only shows: a burst of tasks goes through by a quarter faster, and is shown a little later."""
 _GROUPS_S = 5.0
 """How often Kafka's log is read for groups that it has lost."""
 _HOST = "127.0.0.1"
@@ -70,6 +72,8 @@ class Process:
     began: float = 0.0
     due: float = 0.0
     deaths: int = 0
+    gives_way: bool = False
+    """Whether the others come first where they all want the same processors."""
 
     def start(self) -> None:
         """Run it, with all it says in its log file."""
@@ -82,6 +86,8 @@ class Process:
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
+        if self.gives_way:
+            _let_others_first(self.running.pid)
         self.began = time.monotonic()
 
     def ended(self) -> int | None:
@@ -155,8 +161,9 @@ class Stack:
         metrics = _from_here(log)
         for name, command in self._commands(api).items():
             self.processes[name] = Process(
-                name, command, self._environment(stack), _fresh(self.data_dir / "logs" / f"{name}.log")
-            )
+                name, command, self._environment(stack), _fresh(self.data_dir / "logs" / f"{name}.log"),
+                gives_way=name == "server",
+            )  # fmt: skip
             self.processes[name].start()
         with Client(log) as client:
             self._await("engine", lambda: _answers(client))
@@ -349,6 +356,16 @@ def _write(path: Path, stack: DevStack) -> None:
     fresh = path.with_name(path.name + ".new")
     fresh.write_text(json.dumps({name: str(v) if isinstance(v, Path) else v for name, v in asdict(stack).items()}))
     fresh.rename(path)
+
+
+def _let_others_first(pid: int) -> None:
+    """Lower the priority of a process that leads a session of its own. Linux shares processors among sessions first,
+    and among their processes then (sched(7), autogroup): without the former the latter does nothing between ours.
+    """
+    with suppress(ProcessLookupError):  # it has ended already, which the watch will notice
+        os.setpriority(os.PRIO_PROCESS, pid, _LAST)
+    with suppress(OSError):  # a kernel without such groups
+        Path(f"/proc/{pid}/autogroup").write_text(str(_LAST))
 
 
 def _fresh(log: Path) -> Path:

@@ -121,14 +121,11 @@ def _recent(log: KafkaLog, partitions: list[int], now: int) -> tuple[dict[str, i
     worst = 0
     beats: dict[str, int] = {}
     begins = offset_at(log, topics.COMMANDS, partitions, now - _LOOK_BACK_MS) if partitions else {}
-    headers = {codec.header_of(kind) for kind in (commands.Tick, commands.WorkerBeat, commands.WorkerStarted)}
     for partition, first in begins.items():
         if first < 0:
             continue
         for record in records_of(log, topics.COMMANDS.name, partition, first=first, committed=False):
-            if (record.value or b"")[: codec.HEADER] not in headers:
-                continue
-            message = _read(object, record)
+            message = codec.decode_if((commands.Tick, commands.WorkerBeat, commands.WorkerStarted), record.value or b"")
             if isinstance(message, commands.Tick):
                 worst = max(worst, message.host_clock - record.at, key=abs)
             elif isinstance(message, commands.WorkerBeat | commands.WorkerStarted):

@@ -20,7 +20,7 @@ from perdure.schemas.commands import (
     RetryTask,
 )
 from perdure.schemas.durations import Duration
-from perdure.schemas.errors import CommandRefused, InfrastructureError, NotFound, Unreachable, WaitTimeout
+from perdure.schemas.errors import CommandRefused, DecodeError, InfrastructureError, NotFound, Unreachable, WaitTimeout
 from perdure.schemas.inbox import CommandReply
 from perdure.schemas.public import LogLine
 from perdure.schemas.references import Reference
@@ -155,6 +155,16 @@ class Handle:
         """The newest lines that the task printed or logged, oldest first. Raises as `log_lines` does."""
         return list(self.log_lines(last_n, follow=False))
 
+    def _line(self, record: Record) -> LogLine:
+        """A record of `task-logs`. Anybody may write there: what is no line is told as one, and hides no other."""
+        try:
+            return codec.decode_as(LogLine, record.value or b"")
+        except DecodeError as error:
+            told = f"{record.topic}/{record.partition} at offset {record.offset} is no line: {error}"
+            return LogLine(
+                task_id=self.id, epoch=0, attempt=0, worker_id="", number=0, at=record.at, stream="perdure", text=told
+            )
+
     def log_lines(self, last_n: int = 100, *, follow: bool = True) -> Iterator[LogLine]:
         """The newest lines, oldest first, and, with `follow`, those that come until the task's end. Blocks.
 
@@ -166,7 +176,7 @@ class Handle:
         for record in self._tail(topics.LOGS.name):
             if record is not None:
                 seen = True
-                line = codec.decode_as(LogLine, record.value or b"")
+                line = self._line(record)
                 if caught_up:
                     yield line
                 else:

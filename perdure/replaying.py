@@ -134,3 +134,15 @@ def _command(build: Path) -> tuple[list[str], dict[str, str]]:
 def first_at(found: Iterable[Record], at: int) -> int | None:
     """Offset of the first record that is not older than a log time; None if all are."""
     return next((record.offset for record in found if record.at >= at), None)
+
+
+def next_after(found: Iterable[Record], at: int) -> int | None:
+    """Offset behind the last record that is not newer than a log time; None without records. Those before it count,
+    also where the log's clock was ahead for a while."""
+    end: int | None = None
+    for record in found:
+        if record.at <= at:
+            end = record.offset + 1
+        elif end is None:
+            end = record.offset
+    return end

@@ -86,6 +86,8 @@ class Settings:
             raise ConfigurationError(_explain(error)) from error
         if settings.api:
             settings = replace(settings, api=settings.api.rstrip("/"))
+        if settings.api_token is not None:
+            settings = replace(settings, api_token=_token(settings.api_token))
         stack = None if settings.bootstrap or settings.api else find_dev_stack(settings.data_dir)
         if stack is None:
             return settings
@@ -284,6 +286,14 @@ def _path(kind: type, value: Any) -> Any:
     if kind is Path and isinstance(value, str | Path):
         return Path(value)
     raise ValueError(f"Expected a path, got {value!r}")
+
+
+def _token(text: str) -> str:
+    """A token without what a file or a secret ends with. Raises `ConfigurationError`, which does not show it."""
+    token = text.strip()
+    if not token.isascii() or not token.isprintable():
+        raise ConfigurationError("setting 'api_token' (PERDURE_API_TOKEN): letters, digits and signs of ASCII only")
+    return token
 
 
 def _explain(error: msgspec.ValidationError) -> str:

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from perdure.projections.audit_partition import READ, Partition
-from perdure.projections.audit_records import Decoder, LogRecord, Unreadable
+from perdure.projections.audit_records import Decoder, LogRecord
 from perdure.projections.audit_rules import RULES, Violation
 from perdure.schemas import topics
 
@@ -113,7 +113,7 @@ class Audit:
         try:
             if record.value is not None:
                 self._decoder.learn(self._decoder.read(record.value).fields["content"].decode())
-        except (Unreadable, AttributeError, ValueError, KeyError) as error:
+        except Exception as error:  # noqa: BLE001 - anything may be published, and the audit goes on
             self._violated(Violation("readable", record.topic, record.partition, record.offset, str(error)))
 
     def _violated(self, violation: Violation) -> None:

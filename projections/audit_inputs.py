@@ -5,6 +5,7 @@ The events of an input are looked at before they are followed: a repeat is one o
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -61,7 +62,7 @@ class Inputs:
         self._decoder, self._tasks, self._fold, self._partition = decoder, tasks, fold, partition
         self.by_local: dict[str, str] = {}
         """Local id -> task."""
-        self.by_key: dict[tuple[str, str], str] = {}
+        self.by_key: defaultdict[tuple[str, str], set[str]] = defaultdict(set)
         """(type, idempotency key) -> task."""
         self.configured: dict[str, int] = {}
         """Name -> applied version."""
@@ -179,7 +180,7 @@ class Inputs:
         if named:
             local = [named, named.partition("/")[2]]
         elif kind == "SubmitTask" and m.get("key") is not None:
-            return [self.by_key.get((str(m.get("type")), str(m["key"])), "")]
+            return sorted(self.by_key.get((str(m.get("type")), str(m["key"])), ()))
         elif kind == "SubmitTask":
             local = [local_id_of(queue, str(m.get("type")), "\x00" + command_id) for queue in sorted(self.queues)]
         else:

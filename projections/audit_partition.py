@@ -224,7 +224,7 @@ class Partition:
             self._follow_partition(offset, name, e)
         elif task is not None and not task.broken:
             if name == "TaskSubmitted" and e["key"] is not None:
-                self.inputs.by_key[e["type"], e["key"]] = task.id
+                self.inputs.by_key[e["type"], e["key"]].add(task.id)
             if name == "TaskRetired":
                 self._forget(task)
             self.fold.task_event(task, name, e)
@@ -279,7 +279,10 @@ class Partition:
         if self.inputs.by_local.get(local) == task.id:
             del self.inputs.by_local[local]
         if task.spec is not None and task.spec["key"] is not None:
-            self.inputs.by_key.pop((task.spec["type"], task.spec["key"]), None)
+            same = self.inputs.by_key[task.spec["type"], task.spec["key"]]
+            same.discard(task.id)
+            if not same:
+                del self.inputs.by_key[task.spec["type"], task.spec["key"]]
 
     # Replies ---------------------------------------------------------------------------------------------------------
 

@@ -112,8 +112,9 @@ def _parsed(text: str) -> tuple[bytes, Any]:
 
 def _is_usable(value: Any) -> bool:
     """Whether an id in a JSON command, which may be a refused one, serves to answer it."""
-    sane = isinstance(value, str) and 0 < len(value) <= limits.TEXT_MAX and "\x00" not in value
-    return sane and not any(0xD800 <= ord(c) <= 0xDFFF for c in value)
+    if not isinstance(value, str) or "\x00" in value or any(0xD800 <= ord(c) <= 0xDFFF for c in value):
+        return False
+    return 0 < len(value.encode()) <= limits.TEXT_MAX
 
 
 def digest(row: Any) -> bytes:

@@ -99,10 +99,13 @@ class Rows:
         self._fresh.clear()
 
     def _row(self, key: bytes, value: bytes | None) -> Row:
-        """A row as it is compared; of sessions and cursors it is enough that they are there."""
-        if value is None or key[:1] in (keys.SESSION, keys.MARK):
+        """A row as it is compared; of cursors it is enough that they are there, and of sessions that have not ended."""
+        if value is None or key[:1] == keys.MARK:
             return None if value is None else {}
-        row: Row = slim(self._decoder.read(value).fields)
+        fields = self._decoder.read(value).fields
+        if key[:1] == keys.SESSION:
+            return None if fields["state"] == "ended" else {}
+        row: Row = slim(fields)
         return row
 
     # G5 --------------------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ the epoch and not the attempt. A redrive begins again with attempt 1.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import get_args
@@ -30,6 +31,10 @@ KINDS = tuple(e.__name__ for e in (events.TaskGranted, events.TaskRedriven, even
 
 VALUES = tuple(e.__name__ for e in (events.TaskSubmitted, events.TaskRedriven, events.TaskCompleted))
 """The kinds of events that hold a task's input and result."""
+
+
+_ATTEMPTS, _EPOCHS = 500, 100
+"""What is shown at the most: a task may fail a million times, and be granted as often without that."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,8 +77,10 @@ class Attempt:
 
 
 def attempts(facts: Iterable[Fact]) -> list[Attempt]:
-    """The attempts of one task, in order, from its events in the order of their `seq`."""
-    found: list[Attempt] = []
+    """The attempts of one task, in order, from its events in the order of their `seq`: the newest 500, and of each its
+    newest 100 epochs.
+    """
+    found: deque[Attempt] = deque(maxlen=_ATTEMPTS)
     redrive = 0
     for event in facts:
         if isinstance(event, events.TaskRedriven):
@@ -82,10 +89,10 @@ def attempts(facts: Iterable[Fact]) -> list[Attempt]:
             epoch = Epoch(number=event.epoch, worker_id=event.worker_id, granted_at=event.at)
             if not found or (found[-1].number, found[-1].redrive) != (event.attempt, redrive):
                 found.append(Attempt(number=event.attempt, redrive=redrive))
-            found[-1] = replace(found[-1], epochs=(*found[-1].epochs, epoch), outcome="RUNNING")
+            found[-1] = replace(found[-1], epochs=(*found[-1].epochs[1 - _EPOCHS :], epoch), outcome="RUNNING")
         elif found and found[-1].redrive == redrive:
             found[-1] = _after(found[-1], event)
-    return found
+    return list(found)
 
 
 def recorded(facts: Iterable[Fact], name: str) -> bytes | None:

@@ -24,6 +24,7 @@ from fastavro.schema import fingerprint, to_parsing_canonical_form
 from perdure.schemas import messages
 from perdure.schemas.encoder import Write, compile_writer
 from perdure.schemas.errors import DecodeError, ValueTooLarge
+from perdure.schemas.published import check_published
 from perdure.schemas.records import avro_schema, field_types, registered
 
 MARKER = b"\xc3\x01"
@@ -128,6 +129,18 @@ def class_of(data: bytes) -> type | None:
     return None if known is None else known.cls
 
 
+def decode_if(kinds: tuple[type, ...], data: bytes) -> Any | None:
+    """The record, if it is of one of these classes, in any version, and can be read; else None, soon."""
+    known = class_of(data)
+    if data[:2] != MARKER or (known is not None and known not in kinds):
+        return None
+    try:
+        message = decode(data)
+    except DecodeError:
+        return None
+    return message if isinstance(message, kinds) else None
+
+
 def decode_as(cls: type[R], data: bytes) -> R:
     """`decode`, for a place where only records of `cls` belong. Raises `DecodeError`."""
     message = decode(data)
@@ -183,12 +196,22 @@ def _learned(header: bytes) -> _Older | _Format | None:
     name = header[2:].hex()
     for ask in list(_ASKED):
         schema = ask(name)
-        if schema is None or schema_fingerprint(schema).hex() != name:
-            continue
-        if f"{schema.get('namespace')}.{schema.get('name')}" in _BY_NAME:
+        if schema is not None and _is_anothers(schema, name):
             read_also(schema)
             return _BY_HEADER[header]
     return None
+
+
+def _is_anothers(schema: dict[str, Any], fingerprint: str) -> bool:
+    """Whether it is another build's schema of a class. Whoever may write `config` can publish anything."""
+    try:
+        form = _BY_NAME.get(f"{schema.get('namespace')}.{schema.get('name')}")
+        if form is None or schema_fingerprint(schema).hex() != fingerprint:
+            return False
+        check_published(schema, avro_schema(form.cls))
+    except Exception:  # noqa: BLE001 - fastavro raises many kinds on what is no schema
+        return False
+    return True
 
 
 def published_schemas() -> dict[str, dict[str, Any]]:

@@ -42,8 +42,8 @@ class Policy:
     no_progress_timeout: A[int | None, "Running time without step, progress, item, milestone or checkpoint, ms."] = None
     checkpoint_interval: A[int | None, "Time between checkpoints, ms; null: chosen from elapsed time."] = None
     checkpoint_storage: A[str | None, "Name of the checkpoint store; null: the worker's default."] = None
-    on_failure: A[str | None, "task:<type> or notify:<target>, acted on when the task fails for good."] = None
-    on_success: A[str | None, "task:<type> or notify:<target>, acted on when the task completes."] = None
+    on_failure: A[str | None, "task:<type> or notify:<target>, for a failure for good. Nothing acts on it yet."] = None
+    on_success: A[str | None, "task:<type> or notify:<target>, for a completion. Nothing acts on it yet."] = None
     on_shutdown: A[str, "drain: back to the queue; pause: PAUSED until resumed."] = "drain"
     step_mismatch: A[str, "warn, fail or rerun, if a recorded step is asked for with other code or arguments."] = "warn"
     strict_lease: A[bool, "Whether the task is stopped before its lease could end unheard."] = False

@@ -53,7 +53,7 @@ COMMANDS = Topic(
 )  # fmt: skip
 INTAKE = Topic(
     "task-intake", "any", ("transactional producers",), ("forwarder",),
-    "Commands of producers that need transactions; read committed and forwarded.",
+    "Reserved for commands of transactional producers. Nothing reads it yet: what is written here is not executed.",
     settings=_deleted_after(7),
 )  # fmt: skip
 EVENTS = Topic(

@@ -125,11 +125,11 @@ class Duties:
             self._tick_landed, self._tick_offset = sent, offset
 
     def _next_tick_at(self, wanted: int, now: int) -> int:
-        """When another tick makes sense: after the last one was executed; while clocks disagree, now and then."""
+        """When another tick makes sense: once the last one is executed; while clocks disagree or ticks fail, seldom."""
         sent = self._tick_sent if self._tick_sent <= now else 0  # the host's clock may have been set back
         position = self._engine.state.position
         done = self._tick_offset is not None and position is not None and position.offset > self._tick_offset
-        if position is None or not done or timers.skewed(self._engine.state):
+        if position is None or not done or self._engine.tick_failed or timers.skewed(self._engine.state):
             return sent + _PATIENCE_MS
         if wanted == timers.AT_ONCE:
             return sent

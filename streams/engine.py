@@ -59,6 +59,8 @@ class Engine:
         self._out: list[Out] = []
         self._after: list[Acknowledge] = []
         self._careful = False
+        self.tick_failed = False
+        """Whether the last tick was set aside: what was due still is, and so is the next tick."""
         self._refuse_newer()
 
     def _refuse_newer(self) -> None:
@@ -106,10 +108,12 @@ class Engine:
     def _run(self, record: Record, given: Input) -> None:
         s = self.state
         tick = given.message if isinstance(given.message, commands.Tick) else None
+        self.tick_failed = self.tick_failed or tick is not None
         self._take(record, clock.adjust(s, self._moment(record), tick))
         self._take(record, decide(s, self._moment(record), given))
         self._advance(record)
         if tick is not None:
+            self.tick_failed = False
             s.look_for_timers()
 
     def _grant(self, record: Record) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import shutil
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 from perdure.streams.store import RocksStore, StoreDamaged, StoreLocked, destroy, is_damaged
@@ -57,20 +58,21 @@ class Generations:
         made.mkdir(mode=0o700)
         return made
 
-    def adopt(self, draft: Path, source: str = "") -> RocksStore:
-        """The store in a draft, as a new generation. `source`: the snapshot that it is made of; see `disproved`.
+    def adopt(self, draft: Path, sources: Iterable[str] = ()) -> RocksStore:
+        """The store in a draft, as a new generation. `sources`: the snapshot that it is made of, and those that were
+        disproved before; see `disproved`.
 
         Raises `StoreDamaged` if RocksDB does not open it.
         """
         path = self._next()
-        (draft / _SOURCE).write_text(source)
+        (draft / _SOURCE).write_text("\n".join(sources))
         draft.rename(path)
         return RocksStore(path)
 
     def disproved(self) -> set[str]:
         """Snapshots of which a store was made here that was found damaged: what they hold had been damaged before."""
         sources = [self._path(n) / _SOURCE for n in self._numbers() if is_damaged(self._path(n))]
-        return {source.read_text() for source in sources if source.exists()}
+        return {name for source in sources if source.exists() for name in source.read_text().split()}
 
     def tidy(self, current: RocksStore) -> None:
         """Delete the generations before the one in use, but for those that somebody still has open."""

@@ -17,6 +17,7 @@ from perdure.schemas.errors import InfrastructureError, Unreachable, ValueTooLar
 BEGIN = -2
 END = -1
 _READ_AT_ONCE = 2_000
+_APPEND_S = 15.0
 STILL_S = 90.0
 
 TopicPartition = tuple[str, int]
@@ -226,3 +227,23 @@ def records_of(log: Log, topic: str, partition: int, *, first: int = BEGIN, comm
                 raise Unreachable(f"{topic}/{partition} stands still before {end}: a transaction on it is open")
     finally:
         reader.close()
+
+
+def append_one(log: Log, topic: str, partition: int, key: bytes | None, value: bytes) -> None:
+    """Append a record and wait until the log has it. Raises `Unreachable` after 15 s, or what it was refused with."""
+    refused: list[InfrastructureError] = []
+
+    def heard(_offset: int, error: InfrastructureError | None) -> None:
+        if error is not None:
+            refused.append(error)
+
+    producer = log.producer()
+    try:
+        producer.append(topic, partition, key, value, heard)
+        done = producer.flush(_APPEND_S)
+    finally:
+        producer.close()
+    if refused:
+        raise refused[0]
+    if not done:
+        raise Unreachable(f"a record for {topic}/{partition} was not acknowledged within {_APPEND_S:g} s")

@@ -2,7 +2,8 @@
 
 Tasks, queues, leases and timers are exact. Sessions are of no event: they are put together from what workers said on
 task-commands (a session is taken for live while its last word is younger than a lease), as far as that topic reaches
-back. A point in time includes every input whose log time is not later; if the log's clock leapt, what it said counts.
+back. A point in time includes the last input whose log time is not later, and all before it: where the log's clock was
+ahead for a while, what it wrote then does not hide what came after.
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ _SILENT_MS = limits.LEASE_MS + limits.BEAT_MS
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """Where a partition's past ends; what is given includes the record itself, and the earliest of them holds."""
+    """Where a partition's past ends; what is given includes the record itself. A time is looked for first; else the
+    earliest holds."""
 
     at: int | None = None
     """Log time of task-commands, ms."""
@@ -44,15 +46,11 @@ class Point:
 
     def leaves_out_event(self, record: Record, event: Any) -> bool:
         """Whether an event is later than the point."""
-        return (
-            _passed(self.event, record.offset)
-            or _passed(self.command, event.cause.offset)
-            or _passed(self.at, event.at)
-        )
+        return _passed(self.event, record.offset) or _passed(self.command, event.cause.offset)
 
     def leaves_out_command(self, record: Record) -> bool:
         """Whether an input is later than the point."""
-        return _passed(self.command, record.offset) or _passed(self.at, record.at)
+        return _passed(self.command, record.offset)
 
 
 def _passed(last: int | None, here: int) -> bool:
@@ -78,11 +76,26 @@ class Past:
         self._log, self._store = log, MemoryStore()
         self._fold = EventFold(self._store, partition, log.partitions)
         self._refused: set[int] = set()
+        point = point if point.at is None else self._located(point.at)
         caused = self._fold_events(point)
         bound = point if point.event is None else with_changes(point, command=min(_or_end(point.command), caused))
         self._find_workers(bound)
 
     # Reading ---------------------------------------------------------------------------------------------------------
+
+    def _located(self, at: int) -> Point:
+        """The last input until a time; where task-commands does not reach back so far, the last event."""
+        last = None
+        for record in records_of(self._log, topics.COMMANDS.name, self.partition, committed=False):
+            if record.at <= at:
+                last = record.offset
+        if last is not None:
+            return Point(at=at, command=last)
+        last = -1
+        for record, event in decoded(records_of(self._log, topics.EVENTS.name, self.partition)):
+            if event.at <= at:
+                last = record.offset
+        return Point(at=at, event=last)
 
     def _fold_events(self, point: Point) -> int:
         """Fold up to the point; the offset of the last input that brought an event about."""
@@ -100,7 +113,6 @@ class Past:
         return caused
 
     def _find_workers(self, point: Point) -> None:
-        headers = {codec.header_of(kind) for kind in _OF_SESSIONS}
         found: dict[str, Session] = {}
         strangers: dict[str, int] = {}
         passed_over = self._refused | set_aside(self._log, self.partition).keys()
@@ -110,12 +122,10 @@ class Past:
             self.command = record.offset
             if point.at is None:
                 self.at = record.at
-            if (record.value or b"")[: codec.HEADER] in headers and record.offset not in passed_over:
-                try:
-                    said = codec.decode(record.value or b"")
-                except DecodeError:
-                    continue  # the engine has not come to it yet: it will set it aside
-                _hear(found, strangers, said, record.at)
+            if record.offset not in passed_over:
+                said = codec.decode_if(_OF_SESSIONS, record.value or b"")
+                if said is not None:
+                    _hear(found, strangers, said, record.at)
         running = Counter(t.session for _, t in self._rows() if t.session)
         for session in found.values():
             silent = self.at - session.beat

@@ -139,6 +139,10 @@ def _from_snapshot(
     generations: Generations, snapshots: Snapshots | None, place: Place, span: Span, go_on: Callable[[], bool]
 ) -> RocksStore | None:
     disproved = generations.disproved()
+    if disproved and span.first == 0:
+        # The next one may well have the same file. The changelog's records are under checksums of their own.
+        LOG.warning("no snapshot is used: the store that was made of %s was found damaged", ", ".join(disproved))
+        return None
     for name in _names(snapshots, place):
         assert snapshots is not None, "it has just named one"
         if name in disproved:
@@ -149,7 +153,7 @@ def _from_snapshot(
             LOG.info("partition %s is fetched from %s", place.partition, name)
             draft = generations.draft()
             snapshots.download(manifest, draft, go_on)
-            return _checked(generations.adopt(draft, name), name, manifest.changelog_offset)
+            return _checked(generations.adopt(draft, [name, *disproved]), name, manifest.changelog_offset)
         except (InfrastructureError, NotFound) as error:
             LOG.warning("the snapshot is not used: %s", error)
     return None

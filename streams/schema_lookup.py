@@ -48,6 +48,6 @@ class SchemaLookup:
 def _object(content: bytes) -> dict[str, Any] | None:
     try:
         found = json.loads(content)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None  # nobody's schema: its fingerprint is no one's
     return found if isinstance(found, dict) else None

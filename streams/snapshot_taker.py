@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
 
-from perdure.schemas.errors import InfrastructureError
-from perdure.streams.shard import Shard, position_of
+from perdure.schemas.errors import InfrastructureError, PerdureError
+from perdure.streams.shard import AS_OF, Shard, position_of
 from perdure.streams.snapshots import FORMAT, File, Manifest, Place, Snapshots
 from perdure.streams.store import RocksStore
 
@@ -42,6 +42,9 @@ class _Copy:
     changelog_offset: int
     inputs: dict[str, int]
     at: int
+    """When it was made, wall time, ms."""
+    as_of: int
+    """Of when it has all of the changelog, by the last commit: who slept since may have lost the partition."""
 
 
 class SnapshotTaker:
@@ -65,17 +68,24 @@ class SnapshotTaker:
             place = copy.owner.place
             try:
                 manifest = self.snapshots.upload(copy.path, self._describe(copy))
-                self.snapshots.collect(place, copy.at)
                 LOG.info("partition %s: snapshot %s", place.partition, manifest.name)
-            except (InfrastructureError, OSError) as error:
+                self._collect(place, copy.at)
+            except Exception as error:  # noqa: BLE001 - the snapshots of the other partitions go on
                 copy.owner.failed(error, copy.at)
             finally:
                 shutil.rmtree(copy.path, ignore_errors=True)
                 self.uploading.discard(copy.path)
 
+    def _collect(self, place: Place, at: int) -> None:
+        """What cannot be deleted is only too much: another snapshot would not help."""
+        try:
+            self.snapshots.collect(place, at)
+        except (PerdureError, OSError) as error:
+            LOG.warning("partition %s: older snapshots were not deleted: %s", place.partition, error)
+
     def _describe(self, copy: _Copy) -> Callable[[list[File]], Manifest]:
         return lambda files: Manifest(
-            FORMAT, copy.owner.place, copy.changelog_offset, copy.inputs, copy.at, self._build, files
+            FORMAT, copy.owner.place, copy.changelog_offset, copy.inputs, copy.as_of, self._build, files
         )
 
 
@@ -105,9 +115,10 @@ class SnapshotDuty:
             self.failed(error, now)
             return
         self._rows, self._bytes, self._at = shard.rows_written, shard.bytes_written, now
-        offset = position_of(self._store)
+        offset, as_of = position_of(self._store), self._store.get(AS_OF)
+        fresh = now if as_of is None else min(now, int.from_bytes(as_of, "big"))
         self._taker.uploading.add(self._path)
-        self._taker.copies.put(_Copy(self, self._path, offset, shard.processor.positions(), now))
+        self._taker.copies.put(_Copy(self, self._path, offset, shard.processor.positions(), now, fresh))
 
     def _sweep(self) -> None:
         """Delete what interrupted uploads have left: of this process, and of those that are gone."""

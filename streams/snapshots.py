@@ -90,7 +90,7 @@ class Manifest:
     inputs: dict[str, int]
     """Input topic -> next offset, for people and for checks."""
     created_at: int
-    """Wall time at which the copy was made, ms."""
+    """Wall time as of which it has all of the changelog, ms."""
     build: str
     files: list[File]
 

@@ -12,7 +12,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from perdure.schemas.errors import InfrastructureError, LogTruncated, Unreachable
+from perdure.schemas.errors import InfrastructureError, Unreachable
 from perdure.streams.generations import Generations
 from perdure.streams.log import Log, Reader, Record
 from perdure.streams.processor import Kind
@@ -27,7 +27,7 @@ _READ_S = 0.2
 _PAUSE_S = 5.0
 """After something went wrong."""
 _REFUSED_MS = 60_000
-"""After a changelog that begins too late for a copy: the others are not to wait for it."""
+"""After a copy that could not be opened, as where its changelog begins too late: the others are not to suffer."""
 LOG = logging.getLogger("perdure")
 
 
@@ -71,7 +71,7 @@ class Standbys:
         self._assigned: frozenset[_Copy] = frozenset()
         """Those that are being read, from where they were when they joined."""
         self._not_before: dict[int, int] = {}
-        """Partition that has no copy because of its log -> when to try again, wall ms."""
+        """Partition whose copy could not be opened -> when to try again, wall ms."""
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._run, name="standbys", daemon=True)
         self._thread.start()
@@ -139,15 +139,17 @@ class Standbys:
         if missing is None:
             return
         place = Place(self._kind.name, missing, self._log.topic_id(self._changelog))
-        generations = Generations(self._directory / place.kind / place.changelog_id / str(missing))
         try:
+            generations = Generations(self._directory / place.kind / place.changelog_id / str(missing))
             store = open_store(
                 self._log, self._kind, place, generations, self._snapshots, self._wall(),
                 go_on=lambda: missing in self._wanted and not self._closing.is_set(),
             )  # fmt: skip
         except GivenUp:
             return
-        except LogTruncated as error:
+        except Unreachable:
+            raise
+        except (InfrastructureError, OSError) as error:
             LOG.warning("partition %d has no warm copy here for a while: %s", missing, error)
             self._not_before[missing] = self._wall() + _REFUSED_MS
             return

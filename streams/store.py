@@ -9,7 +9,7 @@ from __future__ import annotations
 import shutil
 from bisect import bisect_left, insort
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Protocol
 
@@ -150,8 +150,9 @@ class RocksStore:
         text = f"the store {self.path} cannot be {doing}: {error}"
         if _is_locked(error):
             return StoreLocked(text)
-        if "corruption" in str(error).lower() or "invalid argument" in str(error).lower():
-            (self.path / _DAMAGED).touch()
+        if any(words in str(error).lower() for words in _DAMAGE):
+            with suppress(OSError):  # of a disk that takes no more writes; the same error comes with the next start
+                (self.path / _DAMAGED).touch()
             return StoreDamaged(f"{text}. It is not used again: the next start rebuilds it from snapshot or changelog")
         return InfrastructureError(text)
 
@@ -179,6 +180,8 @@ def _is_locked(error: Exception) -> bool:
 
 
 _DAMAGED = "damaged"
+_DAMAGE = ("corruption", "invalid argument", "input/output error")
+"""RocksDB's words for what another store on the same host may not have: bad content, and a bad sector."""
 
 
 def _options() -> Options:

@@ -15,6 +15,7 @@ from perdure.schemas.errors import ConfigurationError, Unreachable
 from perdure.schemas.public import ConfigRecord
 from perdure.schemas.topics import Topic
 from perdure.streams.config_view import ConfigView
+from perdure.streams.log import append_one
 
 if TYPE_CHECKING:
     from perdure.streams.kafka_log import KafkaLog
@@ -65,7 +66,8 @@ def replace_topic(log: KafkaLog, topic: Topic) -> None:
     like = [known[topics.EVENTS.on(log.prefix)], *([known[name]] if there else [])]
     replication = max(len(p.replicas) for found in like for p in found.partitions.values())
     own = _own_settings(log, topic) if there else {}
-    needed = {n: value for n, value in topic.settings.items() if _STRICT.get(n, False)}
+    needed = {n: topic.settings[n] for n in _STRICT if n in topic.settings}
+    needed |= {n: max(own.get(n, ""), topic.settings[n], key=_number) for n in _LEAST if n in topic.settings}
     count = log.partitions if topic.partitioned else 1
     if there:
         admin.delete_topics([name], request_timeout=_CALL_S)[name].result(_CALL_S)
@@ -103,12 +105,8 @@ def _pin(log: KafkaLog, partitions: int) -> None:
     name = f"{TOPOLOGY}/partitions"
     known = pinned(log)
     if known is None:
-        producer = log.producer()
         content = json.dumps({"partitions": partitions, "feature_level": 1}).encode()
-        producer.append(topics.CONFIG.name, 0, name.encode(), codec.encode(ConfigRecord(name=name, content=content)))
-        if not producer.flush(_CALL_S):
-            raise Unreachable(f"the partition count could not be written to {log.bootstrap}")
-        producer.close()
+        append_one(log, topics.CONFIG.name, 0, name.encode(), codec.encode(ConfigRecord(name=name, content=content)))
     elif known != partitions:
         raise ConfigurationError(f"the namespace {log.prefix!r} is pinned to {known} partitions, not {partitions}")
 
@@ -189,14 +187,23 @@ def _described(log: KafkaLog, wanted: Iterable[Topic]) -> dict[str, dict[str, Co
     return described
 
 
+def _number(text: str) -> int:
+    return int(text or -1)
+
+
 def settings_off(topic: Topic, found: Mapping[str, str]) -> list[str]:
     """What of a topic's settings is not as the guarantees need it, a line for each."""
-    return [
-        f"{name} is {found[name]}, should be {value}"
-        for name, value in topic.settings.items()
-        if _STRICT.get(name, False) and found[name] != value
+    wanted = topic.settings
+    exactly = [f"{n} is {found[n]}, should be {wanted[n]}" for n in _STRICT if n in wanted and found[n] != wanted[n]]
+    least = [
+        f"{n} is {found[n]}, should be at least {wanted[n]}"
+        for n in _LEAST
+        if n in wanted and int(found[n]) < int(wanted[n])
     ]
+    return exactly + least
 
 
-_STRICT = {"cleanup.policy": True, "message.timestamp.type": True, "max.message.bytes": True}
-"""Settings that guarantees depend on; retention is the operator's to lengthen."""
+_STRICT = ("cleanup.policy", "message.timestamp.type", "max.message.bytes")
+_LEAST = ("delete.retention.ms",)
+"""Settings that guarantees depend on: by the last recovery counts which stores and snapshots are too old. The retention
+of topics that are not compacted is the operator's to choose."""

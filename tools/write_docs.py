@@ -79,7 +79,8 @@ def read(value: bytes, schemas: dict) -> tuple[str, dict]:
 """How the page says to read; tests/integration/test_decoding.py runs it."""
 
 EXAMPLE = (
-    '{"command": "SubmitTask", "type": "process_large_dataset", "input": {"path": "large.csv"}, "run_timeout": "6h"}'
+    '{"command": "SubmitTask", "type": "process_large_dataset", "input": {"dataset_path": "large.csv"}, '
+    '"run_timeout": "6h"}'
 )
 
 INTRO = f"""# Messages

@@ -9,10 +9,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import obstore
 import pytest
 from moto.server import ThreadedMotoServer
 from obstore.store import MemoryStore
 
+from perdure.connectors import durable_files
 from perdure.connectors.blobs import Blobs, DirectoryBlobs, MemoryBlobs, open_blobs
 from perdure.connectors.object_blobs import ObjectBlobs
 from perdure.schemas.errors import ConfigurationError, InfrastructureError, NotFound, Unreachable
@@ -91,6 +93,7 @@ def test_a_listing_holds_what_lies_below_the_folder_and_nothing_else(blobs: Blob
 
 
 def test_what_is_missing_is_not_found(blobs: Blobs) -> None:
+    blobs.put("a/x", b"x")
     with pytest.raises(NotFound, match="missing"):
         blobs.get("a/none")
     with pytest.raises(NotFound, match="missing"):
@@ -166,6 +169,14 @@ def test_something_else_in_a_blobs_place_is_for_a_person_to_see_to(tmp_path: Pat
         blobs.put("a/x/y", b"y")
 
 
+def test_a_directory_that_is_not_there_has_lost_nothing(tmp_path: Path) -> None:
+    """It may not be mounted yet: whoever waits for what lies in it goes on waiting."""
+    blobs = DirectoryBlobs(tmp_path / "share" / "blobs")
+    for ask in (lambda: blobs.get("a/x"), lambda: blobs.head("a/x", 1)):
+        with pytest.raises(Unreachable, match="is it mounted"):
+            ask()
+
+
 # Addresses and outages ------------------------------------------------------------------------------------------------
 
 
@@ -192,3 +203,17 @@ def test_a_store_that_does_not_answer_is_unreachable(s3: str, monkeypatch: pytes
     monkeypatch.setattr("perdure.connectors.object_blobs._RETRY", {"max_retries": 0})
     with pytest.raises(Unreachable, match="s3://bucket/a/x"):
         open_blobs("s3://bucket").get("a/x")
+
+
+def test_an_upload_that_the_store_has_given_up_is_tried_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """404 is what S3 answers for the end of an upload in parts that it has ended already, or aborted."""
+
+    def given_up(*_: object) -> None:
+        raise FileNotFoundError("NoSuchUpload: The specified upload does not exist")
+
+    monkeypatch.setattr(obstore, "put", given_up)
+    with pytest.raises(Unreachable, match="NoSuchUpload"):
+        ObjectBlobs(MemoryStore(), "memory://").put("a/x", b"x")
+    monkeypatch.setattr(durable_files, "write", given_up)
+    with pytest.raises(Unreachable, match="cannot be written"):
+        DirectoryBlobs(tmp_path).put("a/x", b"x")

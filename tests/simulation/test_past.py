@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import io
 from typing import Any
 
 import pytest
+from fastavro import schemaless_writer
 
-from perdure.schemas import topics
+from perdure.schemas import codec, topics
 from perdure.schemas.codec import replace
+from perdure.schemas.commands import WorkerBeat
 from perdure.schemas.common import Cause
 from perdure.schemas.signing import signed
 from perdure.streams import clock, describe
@@ -15,7 +18,7 @@ from perdure.streams.decision import Moment
 from perdure.streams.past import Past, Point
 from tests.simulation.faults import FAULTS
 from tests.simulation.simulator import Simulator, a_life
-from tests.world import KEYS, SECOND, ScriptedWorker, World
+from tests.world import HOUR, KEYS, SECOND, ScriptedWorker, World
 
 OF_WORKERS = {"reason", "why"}
 """What depends on which workers were there: the engine judges that by ticks, a look back by what they said."""
@@ -63,8 +66,9 @@ def test_a_time_an_input_and_an_event_name_the_same_past() -> None:
         found = log.records(topics.EVENTS.name, partition)
         decoded = [world.decode(r) for r in found]
         for n in range(len(found) - 1):
-            e, later = decoded[n], decoded[n + 1]
-            if e.at < later.at and e.at == max(d.at for d in decoded[: n + 1]):
+            e = decoded[n]
+            last = max(r.offset for r in log.records(topics.COMMANDS.name, partition) if r.at <= e.at)
+            if e.cause.offset <= last < decoded[n + 1].cause.offset:
                 pasts = [
                     Past(log, partition, Point(at=e.at)),
                     Past(log, partition, Point(command=e.cause.offset)),
@@ -72,6 +76,44 @@ def test_a_time_an_input_and_an_event_name_the_same_past() -> None:
                 ]
                 assert {p.event for p in pasts} == {found[n].offset}
                 assert len({str(sorted(p.tasks())) for p in pasts}) == 1
+
+
+@pytest.mark.parametrize("commands_kept", [True, False])
+def test_a_clock_that_was_ahead_hides_nothing_that_came_after(commands_kept: bool) -> None:
+    world = World(1)
+    tasks = [world.submit()]
+    world.skew = HOUR
+    tasks.append(world.submit())
+    world.skew = 0
+    world.advance(SECOND)
+    tasks.append(world.submit())
+    if not commands_kept:
+        world.log.truncate(topics.COMMANDS.name, 0, world.executed(0))
+    past = Past(world.log, 0, Point(at=world.now))
+    assert {task for task, _ in past.tasks()} == set(tasks)
+    assert past.at == world.now
+
+
+def test_workers_of_an_older_build_are_heard() -> None:
+    """Their beats go by the same name, and have another fingerprint."""
+    world = World(1)
+    worker = ScriptedWorker(world).start()
+    world.now += 20 * SECOND
+    assert [w.session for w in Past(world.log, 0, Point()).workers] == [worker.session]
+    world.append(b"{}", 0)
+    assert Past(world.log, 0, Point()).workers == []
+    header, older = next(
+        (header, known)
+        for header, known in codec._BY_HEADER.items()
+        if known.cls is WorkerBeat and header != codec.header_of(WorkerBeat)
+    )
+    beat = WorkerBeat(session=worker.session, grants_seen=0, free=1)
+    told = {field["name"]: getattr(beat, field["name"]) for field in older.parsed["fields"]}
+    data = io.BytesIO(header)
+    data.seek(len(header))
+    schemaless_writer(data, older.parsed, told)
+    world.append(data.getvalue(), 0)
+    assert [w.session for w in Past(world.log, 0, Point()).workers] == [worker.session]
 
 
 def test_what_the_engine_set_aside_is_no_word_of_a_worker() -> None:

@@ -196,3 +196,11 @@ def test_every_error_that_a_user_may_catch_is_named_in_one_place() -> None:
 def test_a_defect_is_not_dressed_up() -> None:
     with pytest.raises(ZeroDivisionError):
         report(ZeroDivisionError(), json=True)
+
+
+@pytest.mark.parametrize("flags", [["--bootstrap", "prod:9092"], ["--namespace", "a."], ["--json"]], ids=" ".join)
+def test_options_in_front_of_a_subcommand_that_would_not_count_are_refused(flags: list[str]) -> None:
+    """Else the topics would be made somewhere else than was asked for."""
+    result = run("topics", *flags, "create")
+    assert result.exit_code == 2
+    assert "behind 'create'" in result.output

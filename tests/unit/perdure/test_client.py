@@ -126,6 +126,20 @@ def test_a_queue_with_several_routing_keys_spreads_and_each_id_has_one_place(log
     assert client.submit("t", id="etl~1/7", queue="etl").id == "etl~1/7"
 
 
+@pytest.mark.parametrize(
+    "content", [{"routing_keys": None}, {"routing_keys": "abc"}, {"routing_keys": ["a b"]}], ids=str
+)
+def test_a_configuration_that_the_engine_refuses_changes_nothing_here_either(
+    log: MemoryLog, client: Client, content: Any
+) -> None:
+    configure(log, "queue/etl", {"routing_keys": ["etl", "etl~1"]})
+    before = {n: client.submit("t", id=str(n)).id for n in range(20)}
+    configure(log, "queue/etl", content)
+    client.catalog.refresh(force=True)
+    assert {n: client.submit("t", id=str(n)).id for n in range(20)} == before
+    assert client.submit("t", id="etl~1/x", queue="etl").id == "etl~1/x"
+
+
 def test_a_type_that_is_published_later_is_found_then(log: MemoryLog, client: Client) -> None:
     with pytest.raises(UnknownType) as caught:
         client.submit("late")

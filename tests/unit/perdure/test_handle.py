@@ -300,6 +300,18 @@ def test_the_newest_log_lines_and_those_that_come(log: MemoryLog, client: Client
         assert [n.number for n in handle.log_lines(2)] == [3, 4, 7, 7]
 
 
+def test_what_is_no_line_hides_none(log: MemoryLog, client: Client) -> None:
+    """Anybody may write to the topic, under any key."""
+    partition = ids.partition_of("etl", log.partitions)
+    producer = log.producer()
+    for data in (line(0), b"garbage", line(1)):
+        producer.append("task-logs", partition, b"etl/1", data)
+    texts = [n.text for n in client.get("etl/1").logs()]
+    assert (texts[0], texts[2]) == ("line 0", "line 1")
+    assert "task-logs" in texts[1]
+    assert "is no line" in texts[1]
+
+
 # Against the engine --------------------------------------------------------------------------------------------------
 
 

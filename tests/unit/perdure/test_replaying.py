@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 
 from perdure.connectors.blobs import DirectoryBlobs
-from perdure.replaying import OtherBuild, begin
+from perdure.replaying import OtherBuild, begin, next_after
 from perdure.schemas import topics
 from perdure.schemas.errors import ConfigurationError, EventsIncomplete
+from perdure.streams.log import Record
 from perdure.streams.redecide import Redecider
 from perdure.streams.replay import Comparison, advance, inputs_of, replay
 from perdure.streams.snapshots import FORMAT, Manifest, Place, Snapshots
@@ -105,3 +106,11 @@ def test_another_build_decides_in_a_process_of_its_own(tmp_path: Path) -> None:
 def test_what_is_no_other_build_is_refused(place: Path, told: str) -> None:
     with pytest.raises(ConfigurationError, match=told):
         OtherBuild(place, 0, 2, KEYS, [])
+
+
+@pytest.mark.parametrize(("at", "behind"), [(5, 0), (10, 1), (12, 4), (99, 4), (None, None)])
+def test_a_slice_ends_behind_the_last_input_of_its_time(at: int | None, behind: int | None) -> None:
+    """Also where the log's clock was ahead for one of them."""
+    times = [] if at is None else [10, 99, 11, 12]
+    records = [Record(topics.COMMANDS.name, 0, n, t, None, None) for n, t in enumerate(times)]
+    assert next_after(records, at or 0) == behind

@@ -208,3 +208,13 @@ def test_a_local_broker_gets_keys_that_its_processes_share(elsewhere: Path) -> N
     assert Settings.load(bootstrap="localhost:9092").require_keys() == first
     assert shared_keys(elsewhere / ".perdure").stat().st_mode & 0o777 == 0o600
     assert [p.name for p in (elsewhere / ".perdure").iterdir()] == ["keys.json"]
+
+
+def test_the_end_of_a_line_is_no_part_of_a_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a secret made of a file has one."""
+    monkeypatch.setenv("PERDURE_API_TOKEN", "s3cret\n")
+    assert Settings.load(api="http://localhost:1").api_token == "s3cret"
+    monkeypatch.setenv("PERDURE_API_TOKEN", "s3\ncret")
+    with pytest.raises(ConfigurationError, match="PERDURE_API_TOKEN") as caught:
+        Settings.load(api="http://localhost:1")
+    assert "cret" not in str(caught.value)

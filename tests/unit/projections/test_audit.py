@@ -15,7 +15,7 @@ from fastavro.schema import fingerprint, to_parsing_canonical_form
 
 from perdure.projections.audit import TOPICS, Audit
 from perdure.projections.audit_rules import RULES, SILENT, TRANSITIONS
-from perdure.schemas import codec, commands, events, reports, rows, topics
+from perdure.schemas import codec, commands, events, ids, limits, reports, rows, topics
 from perdure.schemas.public import ConfigRecord, Quarantined
 from perdure.schemas.signing import signed
 from perdure.streams import tables
@@ -23,6 +23,7 @@ from perdure.streams.log import Record
 from perdure.streams.task_lifecycle import LEGAL
 from tests.world import (
     CLIENT,
+    HOUR,
     KEYS,
     MINUTE,
     SECOND,
@@ -436,6 +437,12 @@ def a_session_is_forgotten_with_its_leases(h: History) -> None:
     h.add(h.row(tables.SESSIONS + session.encode()), value=None)
 
 
+@breaks("next-wake-up")
+def a_session_has_ended_and_its_leases_have_not(h: History) -> None:
+    session = h.row(tables.SESSIONS + read(h.event(events.TaskGranted, RUNS)).session.encode())
+    h.add(session, value=codec.encode(codec.replace(read(session), state="ended")))
+
+
 @breaks("stray-row")
 def a_timer_that_its_task_does_not_name(h: History) -> None:
     h.add(h.named("run", RUNS), key=tables.TIMERS + tables.timer(5, "queue", RUNS))
@@ -521,6 +528,46 @@ def test_what_was_deleted_is_not_held_against_the_rest(world: World) -> None:
     audit.check()
     assert not audit.violations
     assert audit.summary()["read"]["partial"] == 1
+
+
+def test_an_id_is_as_long_as_its_bytes() -> None:
+    """Too long for the engine, which answers under an id of its own."""
+    world = World(1, types=TYPES)
+    world.json(0, command="SubmitTask", type="noop", command_id="é" * (limits.TEXT_MAX // 2 + 1), reply_to=CLIENT)
+    world.advance(SECOND)
+    assert len(world.of_kind(events.CommandRejected)) == 1
+    assert not History.of(world).audit().violations
+
+
+def test_a_key_is_another_one_in_another_queue() -> None:
+    world = World(1, types=TYPES)
+    worker = ScriptedWorker(world, beating=True, queues=("a", "b")).start()
+    world.configure("queue/a", {})
+    world.configure("queue/b", {})
+
+    def submit(queue: str, command_id: str) -> str:
+        world.send(commands.SubmitTask(command_id=command_id, task_id="", type="noop", queue=queue, key="k"), 0)
+        return f"{queue}/{ids.keyed_local_id(queue, 'noop', 'k')}"
+
+    first, second = submit("a", "1"), submit("b", "2")
+    world.do(commands.PauseTask, first)
+    worker.report(worker.run(second), completed({}))
+    world.advance(8 * 24 * HOUR)
+    assert (world.known(first), world.known(second)) == (True, False)
+    submit("a", "3")
+    world.advance(SECOND)
+    assert not History.of(world).audit().violations
+
+
+@pytest.mark.parametrize("content", [b"[]", b"{}", b"5", b'{"type": "record", "name": "x", "fields": [{"name": 5}]}'])
+def test_whatever_is_published_as_a_schema_the_audit_goes_on(history: History, content: bytes) -> None:
+    record = ConfigRecord(name="schema/0011223344556677", content=content)
+    data = codec.encode(record)
+    audit = Audit()
+    audit.feed([Record(topics.CONFIG.name, 0, 1_000, 0, record.name.encode(), data)])
+    audit.feed(history.records)
+    audit.check()
+    assert set(audit.counts) <= {"readable"}
 
 
 def test_what_was_deleted_before_it_was_executed_is_found(history: History) -> None:

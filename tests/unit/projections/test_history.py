@@ -117,3 +117,17 @@ def test_the_kinds_it_asks_for_are_all_it_needs() -> None:
     story.then(events.TaskPaused)
     story.then(events.TaskCancelled)
     assert attempts(e for e in story.events if type(e).__name__ in KINDS) == attempts(story.events)
+
+
+def test_of_endless_retries_the_newest_are_shown() -> None:
+    story = Story()
+    for attempt in range(1, 602):
+        story.running(epoch=attempt, attempt=attempt)
+        story.then(events.AttemptFailed, epoch=attempt, attempt=attempt)
+    found = attempts(story.events)
+    assert [a.number for a in found] == list(range(102, 602))
+    story.running(epoch=602, attempt=602)
+    for epoch in range(603, 803):
+        story.then(events.AttemptLost, epoch=epoch - 1)
+        story.running(epoch=epoch, attempt=602)
+    assert [e.number for e in attempts(story.events)[-1].epochs] == list(range(703, 803))

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import pytest
+
 from perdure.schemas import commands, events
+from perdure.streams import tables, timers
 from tests.world import SECOND, ScriptedWorker, World
 
 
@@ -42,6 +45,23 @@ def test_a_host_whose_clock_is_ahead_sends_no_more_ticks_for_it() -> None:
     before = len(ticks(world))
     world.advance(60 * SECOND)
     assert len(ticks(world)) - before < 60 / 2
+
+
+def test_a_tick_that_fails_is_tried_again_once_a_second_until_the_defect_is_gone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What it should have done stays due, and each trial is a record in quarantine for ever."""
+    world = World(partitions=1)
+    worker = ScriptedWorker(world, beating=True).start()
+    task = world.submit(not_before=world.now + 3 * SECOND)
+    with monkeypatch.context() as broken:
+        broken.setitem(timers._KINDS, tables.NOT_BEFORE, lambda *_: 1 / 0)
+        world.advance(23 * SECOND)
+    causes = [q.cause for q in world.quarantined()]
+    assert set(causes) == {"defect"}
+    assert 15 <= len(causes) <= 25
+    world.advance(2 * SECOND)
+    assert [grant.task_id for grant in worker.grants()] == [task]
 
 
 def ticks(world: World) -> list[commands.Tick]:

@@ -24,7 +24,7 @@ from perdure.streams.log import Record
 from perdure.streams.rebuild import fold_partition, rebuild
 from perdure.streams.shard import AS_OF, CHANGELOG_POSITION, Shard
 from perdure.streams.snapshots import FORMAT, GivenUp, Manifest, Place, Snapshots
-from perdure.streams.store import META, MemoryStore, RocksStore, StoreDamaged
+from perdure.streams.store import META, MemoryStore, RocksStore, StoreDamaged, is_damaged
 from tests.simulation.simulator import a_life
 from tests.world import HOUR, KEYS, MINUTE, ScriptedWorker, World
 
@@ -391,6 +391,58 @@ def test_a_snapshot_of_what_was_damaged_before_is_used_once(
     with pytest.raises(StoreDamaged, match="the next start rebuilds it"):
         host.start()
     assert host.start() == plain(iter(world.rows(0).items()))
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_snapshots_with_the_same_damage_are_not_tried_in_turn_for_ever(
+    whole: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are incremental: what had rotted before the older of them is in the newer one too."""
+    world = a_life(3)
+    world.engine.close()
+    truth = plain(iter(world.rows(0).items()))
+    host = Host(world, tmp_path)
+    upload = Snapshots.upload
+
+    def rotten(snapshots: Snapshots, copy: Path, describe: Any) -> Manifest:
+        flip_tables(copy)
+        return upload(snapshots, copy, describe)
+
+    monkeypatch.setattr(Snapshots, "upload", rotten)
+    rows = earlier(world, 0, 0.5)
+    for n in range(2):
+        host.has_snapshot(long_before(rows), world.now + n, tmp_path / f"rotten-{n}")
+    if not whole:
+        world.log.truncate(topics.CHANGELOG.name, 0, int.from_bytes(rows[CHANGELOG_POSITION], "big"))
+    with pytest.raises(StoreDamaged):
+        host.start()
+    if whole:
+        assert host.start() == truth
+        return
+    with pytest.raises(StoreDamaged):
+        host.start()
+    for _ in range(2):
+        with pytest.raises(LogTruncated, match="rebuild --from-events"):
+            host.start()
+
+
+@pytest.mark.parametrize("marked", [True, False])
+def test_a_bad_sector_is_damage_too(marked: bool, tmp_path: Path) -> None:
+    store = RocksStore(tmp_path / "store")
+    sound = store._db
+
+    class Bad:
+        def get(self, _: bytes) -> bytes:
+            raise Exception("IO error: While pread offset 0 len 4096: /x/000009.sst: Input/output error")  # noqa: TRY002 - as rocksdict does
+
+    store._db = Bad()
+    if not marked:
+        (tmp_path / "store").rename(tmp_path / "elsewhere")  # nothing can be written where it was
+    with pytest.raises(StoreDamaged, match="Input/output error"):
+        store.get(b"key")
+    assert is_damaged(tmp_path / "store") == marked
+    store._db = sound
+    store.close()
 
 
 def flip_every_table(folder: Path, most: int = 1 << 30) -> None:

@@ -173,6 +173,27 @@ def test_a_lost_acknowledgement_is_given_again_when_the_record_is_sent_again() -
     assert submitted(world) == ["default/t"]
 
 
+def test_an_acknowledgement_that_never_comes_is_asked_for_by_sending_again() -> None:
+    world = World()
+    duties = world.engine.duties[HOME]
+    append, lost = duties._append, list[bytes]()
+
+    def lossy(partition: int, value: bytes, on_ack: Any = None) -> None:
+        if not lost and isinstance(codec.decode(value), commands.ForwardedAck):
+            lost.append(value)
+        else:
+            append(partition, value, on_ack)
+
+    duties._append = lossy  # type: ignore[method-assign]
+    world.append(b'{"command":"SubmitTask","type":"noop","task_id":"t"}', AWAY)
+    world.pump()
+    assert lost
+    assert outbox(world, AWAY, HOME)
+    world.advance(limits.FORWARD_RESEND_MS + SECOND)
+    assert not outbox(world, AWAY, HOME)
+    assert submitted(world) == ["default/t"]
+
+
 def test_a_long_outbox_is_cleared_in_chunks() -> None:
     world = World(batch=2_000)
     count = limits.STEPS_CHUNK * 2 + 50

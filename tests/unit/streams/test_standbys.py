@@ -167,8 +167,20 @@ def test_a_changelog_that_lost_records_makes_copies_anew(
     assert rows(host.take_over(0)) == truth(world, 0)
 
 
-def test_a_partition_that_cannot_have_a_copy_keeps_no_other_from_it(world: World, host: Host) -> None:
-    world.log.truncate(topics.CHANGELOG.name, 0, 5)
+@pytest.mark.parametrize("why", ["log", "disk"])
+def test_a_partition_that_cannot_have_a_copy_keeps_no_other_from_it(world: World, host: Host, why: str) -> None:
+    if why == "log":
+        world.log.truncate(topics.CHANGELOG.name, 0, 5)
+    else:
+        place = host.place(0)
+        in_the_way = host.folder / "standby" / place.kind / place.changelog_id / "0"
+        in_the_way.parent.mkdir(parents=True)
+        in_the_way.write_text("a file where a directory is to be")
     host.standbys.keep({0, 1})
     until("the other one", lambda: host.is_warm(1))
+    first = host.standbys._copies[1]
+    until("the refusal", lambda: 0 in host.standbys._not_before)
+    world.submit()
+    until("what came since", lambda: host.is_warm(1))
+    assert host.standbys._copies[1] is first
     assert host.standbys.take(0) is None

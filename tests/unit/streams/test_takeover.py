@@ -26,14 +26,18 @@ INPUTS = 6
 KEYS = Keys.generate()
 
 
-@pytest.fixture
-def log() -> MemoryLog:
+def log_of_garbage() -> MemoryLog:
     """Records that nobody can read: each execution of one leaves a record in quarantine."""
     log = MemoryLog(lambda: 1_000, partitions=1)
     producer = log.producer()
     for n in range(INPUTS):
         producer.append(topics.COMMANDS.name, 0, None, f"garbage {n}".encode())
     return log
+
+
+@pytest.fixture
+def log() -> MemoryLog:
+    return log_of_garbage()
 
 
 @pytest.fixture(autouse=True)
