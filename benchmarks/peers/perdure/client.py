@@ -1,4 +1,4 @@
-"""Perdure's client: what a user calls, from 16 threads where many tasks are submitted."""
+"""Perdure's client: what a user calls, from 64 threads where many tasks are submitted."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from benchmarks.peers import drive
 from perdure import Client
 from perdure.schemas import codec, events, ids, topics
 
-_THREADS = 16
+_THREADS = 64
 _QUEUE = "bench"
 
 

@@ -26,7 +26,7 @@ class Perdure(Peer):
     title = "Perdure"
     folder = "perdure"
     durability = "Kafka, acks=all, one broker, flushed by the system (Kafka's default)"
-    settings = "perdure dev: Kafka, engine, server, one worker with 2 slots; tiny tasks are async, 16 clients' threads"
+    settings = "perdure dev: Kafka, engine, server, one worker with 2 slots; tiny tasks are async, 64 submits at a time"
 
     def install(self) -> dict[str, str]:
         self.python = Path(sys.executable)
