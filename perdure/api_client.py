@@ -83,7 +83,7 @@ def _told(error: urllib.error.HTTPError) -> PerdureError:
     try:
         told = json.loads(error.read(_ANSWER_MAX))["error"]
         code, message, field = str(told["code"]), str(told["message"]), told.get("field")
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, http.client.HTTPException):
         return Unreachable(f"what answers at {error.url} is no Perdure server: HTTP {error.code}")
     if error.code == 404:
         return NotFound(message)

@@ -362,9 +362,10 @@ def _let_others_first(pid: int) -> None:
     """Lower the priority of a process that leads a session of its own. Linux shares processors among sessions first,
     and among their processes then (sched(7), autogroup): without the former the latter does nothing between ours.
     """
-    with suppress(ProcessLookupError):  # it has ended already, which the watch will notice
-        os.setpriority(os.PRIO_PROCESS, pid, _LAST)
-    with suppress(OSError):  # a kernel without such groups
+    with suppress(OSError):  # it has ended already, which the watch will notice
+        last = max(_LAST, os.getpriority(os.PRIO_PROCESS, pid))  # of all that was started as nice as that, or nicer
+        os.setpriority(os.PRIO_PROCESS, pid, last)
+    with suppress(OSError):  # a kernel without such groups, or one that was asked for another a moment ago
         Path(f"/proc/{pid}/autogroup").write_text(str(_LAST))
 
 

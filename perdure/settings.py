@@ -291,7 +291,7 @@ def _path(kind: type, value: Any) -> Any:
 def _token(text: str) -> str:
     """A token without what a file or a secret ends with. Raises `ConfigurationError`, which does not show it."""
     token = text.strip()
-    if not token.isascii() or not token.isprintable():
+    if bool(token) != bool(text) or not token.isascii() or not token.isprintable():
         raise ConfigurationError("setting 'api_token' (PERDURE_API_TOKEN): letters, digits and signs of ASCII only")
     return token
 

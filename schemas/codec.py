@@ -180,6 +180,9 @@ def read_also(schema: dict[str, Any]) -> None:
 Ask = Callable[[str], dict[str, Any] | None]
 """Fingerprint (hex) -> the schema that somebody has published under it, or None."""
 _ASKED: list[Ask] = []
+_REFUSED: dict[bytes, Any] = {}
+"""Schemas that were published and are not believed: to find that out again for each record would take too long."""
+_REFUSED_MOST = 1_000
 
 
 def learn_from(ask: Ask) -> Callable[[], None]:
@@ -196,9 +199,13 @@ def _learned(header: bytes) -> _Older | _Format | None:
     name = header[2:].hex()
     for ask in list(_ASKED):
         schema = ask(name)
-        if schema is not None and _is_anothers(schema, name):
+        if schema is None or _REFUSED.get(header) == schema:
+            continue
+        if _is_anothers(schema, name):
             read_also(schema)
             return _BY_HEADER[header]
+        if len(_REFUSED) < _REFUSED_MOST:
+            _REFUSED[header] = schema
     return None
 
 
@@ -206,12 +213,12 @@ def _is_anothers(schema: dict[str, Any], fingerprint: str) -> bool:
     """Whether it is another build's schema of a class. Whoever may write `config` can publish anything."""
     try:
         form = _BY_NAME.get(f"{schema.get('namespace')}.{schema.get('name')}")
-        if form is None or schema_fingerprint(schema).hex() != fingerprint:
+        if form is None:
             return False
         check_published(schema, avro_schema(form.cls))
-    except Exception:  # noqa: BLE001 - fastavro raises many kinds on what is no schema
+        return schema_fingerprint(schema).hex() == fingerprint
+    except Exception:  # noqa: BLE001 - what is no schema is wrong in many ways, and all of them mean the same here
         return False
-    return True
 
 
 def published_schemas() -> dict[str, dict[str, Any]]:

@@ -149,7 +149,7 @@ def test_folders_are_imported_by_their_one_name(file: Path) -> None:
 @pytest.mark.parametrize(
     ("library", "places"),
     [
-        ("fastavro", {"schemas/codec.py", "schemas/published.py", "projections/audit_records.py"}),
+        ("fastavro", {"schemas/codec.py", "projections/audit_records.py"}),
         ("rocksdict", {"streams/store.py"}),
         ("sqlite3", {"projections/views.py", "projections/view_writer.py", "projections/api.py"}),
     ],

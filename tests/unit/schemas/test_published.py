@@ -16,7 +16,22 @@ from perdure.schemas.public import LogLine
 from perdure.schemas.published import check_published
 from perdure.schemas.records import avro_schema, registered
 
-ZERO = {"type": "record", "name": "Empty", "namespace": "x", "fields": [{"name": "n", "type": "null"}]}
+
+def nothing(name: str) -> dict[str, Any]:
+    """A record whose values take no bytes."""
+    return {"type": "record", "name": name, "namespace": "perdure.x", "fields": []}
+
+
+def twice(name: str, inner: Any) -> dict[str, Any]:
+    """A record that holds another one two times."""
+    told = {"type": "record", "name": name, "namespace": "perdure.x"}
+    again = f"perdure.x.{inner['name']}" if isinstance(inner, dict) else inner
+    return told | {"fields": [{"name": "a", "type": inner}, {"name": "b", "type": again}]}
+
+
+DOUBLING: Any = "null"
+for _n in range(15):
+    DOUBLING = twice(f"R{_n}", DOUBLING)
 DEEP: Any = "null"
 for _ in range(3_000):
     DEEP = {"type": "array", "items": DEEP}
@@ -71,37 +86,42 @@ def test_what_a_newer_build_has_added_is_passed_over() -> None:
     "schema",
     [
         added({"type": "array", "items": "null"}),
-        added({"type": "map", "values": {"type": "fixed", "name": "x.F", "size": 0}}),
-        added({"type": "array", "items": ZERO}),
+        added("null"),
+        added({"type": "map", "values": {"type": "fixed", "name": "F", "namespace": "perdure.x", "size": 0}}),
+        added({"type": "array", "items": nothing("A")}),
         added({"type": "array", "items": {"type": "array", "items": "null"}}),
         added(["null", "perdure.public.LogLine"]),
         added(DEEP),
+        added(DOUBLING),
+        added({"type": "array", "items": DOUBLING}),
+        added({"type": "fixed", "name": "fixed", "namespace": "", "size": 8}),
+        added({"type": "fixed", "name": "F", "namespace": "perdure.x", "size": -1}),
+        added("a") | {"__fastavro_parsed": True, "__named_schemas": {"a": "a"}},
+        changed("text", "bytes") | {"type": "error"},
         changed("text", "bytes"),
         added("string", changed("at", {"type": "long", "logicalType": "timestamp-millis"})),
         changed("epoch", ["null", "long"]),
         changed("worker_id", {"type": "array", "items": "string"}),
+        added(["null", "string"]) | {"namespace": "perdure.public", "aliases": ["x"]},
     ],
     ids=[
-        "nulls",
-        "map of nothings",
-        "empty records",
-        "nested",
-        "recursive",
-        "deep",
-        "bytes",
-        "logical",
-        "union",
-        "list",
+        "nulls", "a null", "map of nothings", "empty records", "nested", "recursive", "deep", "doubling", "doubling items",
+        "a type's name", "less than nothing", "parsed already", "error", "bytes", "logical", "union", "list", "aliases",
     ],
-)
-def test_what_claims_more_than_it_holds_or_means_something_else_is_unknown(schema: dict[str, Any]) -> None:
-    """The first bytes say a list of 2^40 items, where there is one."""
-    try:
-        data = record_with(schema, b"\x80\x80\x80\x80\x80\x80\x01" * 20)
-    except RecursionError:
-        data = codec.MARKER + b"12345678"
-    with pytest.raises(UnknownSchema):
-        decoded(data, lambda _: schema)
+)  # fmt: skip
+def test_what_claims_more_than_it_holds_or_means_something_else_is_not_believed(schema: dict[str, Any]) -> None:
+    with pytest.raises((ValueError, KeyError, TypeError)):
+        check_published(schema, avro_schema(LogLine))
+
+
+def test_records_of_a_schema_that_is_not_believed_are_unknown() -> None:
+    """The body says a list of 2^40 items, where there is none."""
+    schema = added({"type": "array", "items": "null"})
+    line = LogLine(task_id="t", epoch=1, attempt=1, worker_id="w", number=1, at=5, stream="log", text="hello")
+    data = record_with(schema, codec.encode(line)[codec.HEADER :] + b"\x80\x80\x80\x80\x80\x80\x01")
+    for _ in range(2):
+        with pytest.raises(UnknownSchema):
+            decoded(data, lambda _: schema)
 
 
 @pytest.mark.parametrize(
