@@ -175,6 +175,7 @@ def kill_engine(c: Campaign) -> float | None:
 @fault(1, TRANSITION)
 def lose_engine_host(c: Campaign) -> float | None:
     """SIGKILL of an engine whose host does not come back for a while: the other host takes over."""
+    c.at_full_strength()
     began = time.monotonic()
     with c.without(c.draw.choice(c.engines)):
         return c.recovered(began, "the loss")
