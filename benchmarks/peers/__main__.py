@@ -145,8 +145,9 @@ def _told(peer: Peer | StreamPeer, doing: str, measured: Measured) -> Iterator[N
 
 def nowhere(text: str) -> str:
     """An error's words without this machine's folders and without the hosts that packages come from."""
-    for folder, name in ((cache.FOLDER, "CACHE"), (ROOT, "."), (tempfile.gettempdir(), "TEMP"), (Path.home(), "~")):
-        text = text.replace(str(folder), str(name))
+    folders = {str(cache.FOLDER): "CACHE", str(ROOT): ".", tempfile.gettempdir(): "TEMP", str(Path.home()): "~"}
+    for folder in sorted(folders, key=len, reverse=True):  # one may lie in another
+        text = text.replace(folder, folders[folder])
     return re.sub(r"https?://(?!127\.0\.0\.1|localhost)[^\s/'\")]+", "https://HOST", text)
 
 
