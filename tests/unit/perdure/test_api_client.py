@@ -19,6 +19,7 @@ TOKEN = "s3cret"
 def other() -> Iterator[str]:
     """The address of a server that does not speak HTTP."""
     listening = socket.create_server(("127.0.0.1", 0))
+    listening.settimeout(30.0)
 
     def greet() -> None:
         peer, _ = listening.accept()

@@ -541,7 +541,7 @@ def test_an_id_is_as_long_as_its_bytes() -> None:
 
 def test_a_key_is_another_one_in_another_queue() -> None:
     world = World(1, types=TYPES)
-    worker = ScriptedWorker(world, beating=True, queues=("a", "b")).start()
+    worker = ScriptedWorker(world, queues=("a", "b")).start()
     world.configure("queue/a", {})
     world.configure("queue/b", {})
 

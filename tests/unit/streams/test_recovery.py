@@ -375,11 +375,8 @@ def test_a_damaged_store_is_never_served(world: World, tmp_path: Path) -> None:
     assert host.start() == plain(iter(world.rows(0).items()))
 
 
-def test_a_snapshot_of_what_was_damaged_before_is_used_once(
-    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Its files are those that were uploaded: only reading them shows that a disk had changed them."""
-    host = Host(world, tmp_path)
+def uploads_rot(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From now on a disk has changed what is uploaded, before its digest is taken."""
     upload = Snapshots.upload
 
     def rotten(snapshots: Snapshots, copy: Path, describe: Any) -> Manifest:
@@ -387,6 +384,14 @@ def test_a_snapshot_of_what_was_damaged_before_is_used_once(
         return upload(snapshots, copy, describe)
 
     monkeypatch.setattr(Snapshots, "upload", rotten)
+
+
+def test_a_snapshot_of_what_was_damaged_before_is_used_once(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its files are those that were uploaded: only reading them shows that a disk had changed them."""
+    host = Host(world, tmp_path)
+    uploads_rot(monkeypatch)
     host.has_snapshot(long_before(earlier(world, 0, 0.6)), world.now, tmp_path / "rotten")
     with pytest.raises(StoreDamaged, match="the next start rebuilds it"):
         host.start()
@@ -402,13 +407,7 @@ def test_snapshots_with_the_same_damage_are_not_tried_in_turn_for_ever(
     world.engine.close()
     truth = plain(iter(world.rows(0).items()))
     host = Host(world, tmp_path)
-    upload = Snapshots.upload
-
-    def rotten(snapshots: Snapshots, copy: Path, describe: Any) -> Manifest:
-        flip_tables(copy)
-        return upload(snapshots, copy, describe)
-
-    monkeypatch.setattr(Snapshots, "upload", rotten)
+    uploads_rot(monkeypatch)
     rows = earlier(world, 0, 0.5)
     for n in range(2):
         host.has_snapshot(long_before(rows), world.now + n, tmp_path / f"rotten-{n}")
