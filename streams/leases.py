@@ -90,7 +90,7 @@ def stopping(s: State, m: Moment, record: WorkerStopping) -> Outputs:
     if session is None or session.state == "ended":
         yield rejected(s, m, "stale_session", "WorkerStopping", record.session)
         return
-    yield _note(replace(session, state="stopping", beat=m.now, suspected=0))
+    yield _note(replace(session, state="stopping", beat=m.now, suspected=0, restarted=False))
     yield from drain(s, m, record.session, after=b"")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from perdure.schemas import commands, events, inbox, limits
 from perdure.schemas.codec import replace
 from perdure.schemas.rows import Session
 from perdure.schemas.signing import signed
-from tests.world import KEYS, MINUTE, SECOND, ScriptedWorker, World, completed, declined, stopped
+from tests.world import HOUR, KEYS, MINUTE, SECOND, ScriptedWorker, World, completed, declined, stopped
 
 LEASE, BEAT = limits.LEASE_MS, limits.BEAT_MS
 
@@ -187,7 +188,8 @@ def test_a_late_tick_restarts_the_leases_once_between_two_beats() -> None:
     assert losses(world) == ["session_ended"]
 
 
-def test_a_beat_allows_another_restart() -> None:
+@pytest.mark.parametrize("heard", [ScriptedWorker.beat, ScriptedWorker.stop])
+def test_what_a_worker_says_allows_another_restart(heard: Callable[[ScriptedWorker], None]) -> None:
     world = World()
     worker = ScriptedWorker(world, slots=1).start()
     world.submit()
@@ -195,10 +197,25 @@ def test_a_beat_allows_another_restart() -> None:
     for _ in range(3):
         world.now += LEASE + 3 * SECOND
         world.pump()
-        assert row(worker).state == "live"  # type: ignore[union-attr]
+        assert row(worker).state != "suspect"  # type: ignore[union-attr]
         world.advance(LEASE - SECOND)
-        worker.beat()
+        heard(worker)
     assert not losses(world)
+
+
+def test_a_worker_that_stops_after_the_second_outage_has_a_whole_term_to_hand_back() -> None:
+    world = World()
+    worker = ScriptedWorker(world, slots=1).start()
+    world.submit()
+    worker.run()
+    world.now += 3 * HOUR
+    world.pump()
+    world.now += 10 * MINUTE
+    worker.stop()  # the first that anybody says
+    world.advance(LEASE + BEAT - SECOND)
+    assert not losses(world)
+    world.advance(2 * SECOND)
+    assert losses(world) == ["session_ended"]
 
 
 @pytest.mark.parametrize("stores", ["kept", "empty"])
