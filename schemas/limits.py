@@ -60,6 +60,8 @@ DECISION_KEYS = 1_000
 CHUNK = 150
 """Tasks that one decision changes when it works through many."""
 TICK_TIMERS = 500
+PUT_OFF_MS = 10 * 60_000
+"""How long ticks leave out what one of them has failed at."""
 STEPS_CHUNK = 500
 
 # Time

@@ -60,7 +60,7 @@ class Engine:
         self._after: list[Acknowledge] = []
         self._careful = False
         self.tick_failed = False
-        """Whether the last tick was set aside: what was due still is, and so is the next tick."""
+        """Whether the last tick was set aside for what no single row is to blame for: it is all still due."""
         self._refuse_newer()
 
     def _refuse_newer(self) -> None:
@@ -79,6 +79,8 @@ class Engine:
             self._attempt(record, lambda: self._grant(record))
         else:
             self.state.grantable = True
+            if self.tick_failed and self.state.put_off(self._moment(record).now):
+                self.tick_failed = False  # the next tick does the rest
 
     def _attempt(self, record: Record, work: Callable[[], None]) -> bool:
         """Do a part of the work on a record whole, or leave nothing of it behind but its quarantine."""

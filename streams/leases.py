@@ -6,6 +6,7 @@ second tick, at least a beat after the first that found it silent, still finds n
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from itertools import islice
 
 from perdure.schemas import events, ids, inbox, limits
@@ -140,23 +141,30 @@ def restart(s: State, m: Moment) -> Outputs:
 
 def overdue(s: State, m: Moment) -> bool:
     """Whether a session should have been looked at more than a beat ago: no tick came, or the clock leapt."""
-    looks = (next_look(session) for session in s.sessions.values())
+    looks = (next_look(session) for session in _followed(s))
     return any(look is not None and m.now - look > limits.BEAT_MS for look in looks)
 
 
 def examine(s: State, m: Moment) -> Outputs:
     """Look for silent sessions, and end those that were found silent before: many small ones or a big one."""
     before = s.touched
-    for session in sorted(s.sessions.values(), key=lambda w: w.session):
+    for session in _followed(s):
         if session.state == "ended" or m.now < term_ends(session):
             continue
         if not session.suspected:
             state = "suspect" if session.state == "live" else session.state
             yield _note(replace(session, suspected=max(1, m.now), state=state))
         elif m.now >= session.suspected + limits.BEAT_MS:
-            yield from end(s, m, session, "session_ended")
+            with s.trying(tables.SESSIONS, session.session.encode()):
+                yield from end(s, m, session, "session_ended")
             if s.touched - before > _ENDS_AT_ONCE:
                 return
+
+
+def _followed(s: State) -> list[Session]:
+    """The sessions that ticks look at, in order; without those whose end has failed just now."""
+    present = (w for name, w in s.sessions.items() if not s.is_put_off(tables.SESSIONS, name.encode()))
+    return sorted(present, key=lambda w: w.session)
 
 
 def term_ends(session: Session) -> int:
@@ -176,6 +184,14 @@ def next_telling(session: Session) -> int | None:
     if session.state == "ended" or session.grants_seen >= session.grants:
         return None
     return max(session.telling_since + limits.LEASE_MS, session.beat + limits.BEAT_MS // 2)
+
+
+def next_looks(s: State) -> Iterator[int]:
+    """Partition times at which a tick has something to do about any session."""
+    for session in _followed(s):
+        for at in (next_look(session), next_telling(session)):
+            if at is not None:
+                yield at
 
 
 def rejected(s: State, m: Moment, why: str, report: str, session: str, detail: str = "") -> events.ReportRejected:

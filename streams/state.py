@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from contextlib import contextmanager
 from heapq import merge
 from itertools import groupby, islice
 from typing import Any, NamedTuple, TypeVar
@@ -50,6 +51,8 @@ class State:
         self._passing: set[Key] = set()
         self._undo: list[tuple[bytes, bytes, Any, bool]] = []
         self._encoded: dict[bytes, bytes | None] = {}
+        self._at: Key | None = None
+        self._put_off: dict[Key, int] = {}
         self._load()
 
     def _load(self) -> None:
@@ -238,13 +241,53 @@ class State:
         """
         if since is None:
             return None
-        firsts = [next(self.suffixes(scope, start=tables.number(since)), None) for scope in scopes]
+        firsts = [
+            next((s for s in self.suffixes(scope, start=tables.number(since)) if not self.is_put_off(scope, s)), None)
+            for scope in scopes
+        ]
         return min((tables.timer_due(f) for f in firsts if f is not None), default=None)
 
     def next_due(self) -> int | None:
         """Log time of the earliest timer; None: there is none."""
         dues = [] if self.next_timer is None else [self.next_timer - self.clock.offset]
         return min(dues if self.next_start is None else [*dues, self.next_start], default=None)
+
+    # What ticks fail at ----------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def trying(self, scope: bytes, suffix: bytes) -> Iterator[None]:
+        """A tick does what a row stands for. If that raises, this row is what the tick has failed at."""
+        self._at = (scope, suffix)
+        yield
+        self._at = None
+
+    def is_put_off(self, scope: bytes, suffix: bytes) -> bool:
+        """Whether ticks leave a row out for a while."""
+        return (scope, suffix) in self._put_off
+
+    def put_off(self, now: int) -> bool:
+        """Ticks leave out what the last one has failed at, for ten minutes; False if it was no row's fault.
+
+        Only in memory: a defect goes with the build, and another process tries at once.
+        """
+        if self._at is None:
+            return False
+        self._put_off[self._at] = now + limits.PUT_OFF_MS
+        self.look_for_timers()
+        return True
+
+    def try_again(self, now: int) -> None:
+        """What was put off until now is due like everything else."""
+        over = [key for key, until in self._put_off.items() if until <= now]
+        for key in over:
+            del self._put_off[key]
+        if over:
+            self.next_timer = self.next_start = 0
+            self.look_for_timers()
+
+    def next_trial(self) -> int | None:
+        """Log time from which on something that was put off is tried again."""
+        return min(self._put_off.values()) - self.clock.offset if self._put_off else None
 
     # Changing: for evolve alone --------------------------------------------------------------------------------------
 
@@ -353,6 +396,7 @@ class State:
 
     def _forget(self) -> None:
         """Everything that holds for one transaction."""
+        self._at = None
         self._dirty.clear()
         self._undo.clear()
         self._read.clear()

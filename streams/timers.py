@@ -29,6 +29,7 @@ BINDS_AT_ONCE = limits.CHUNK * 2 // 3
 
 def tick(s: State, m: Moment, record: Tick) -> Outputs:
     """Time has passed, if log and host agree on it."""
+    s.try_again(m.now)
     skew = record.host_clock - m.at
     if not clock.agrees(record, m.at):
         yield Note(tables.MARKS, SKEW, Mark(value=min(abs(skew), limits.TIME_MAX)))
@@ -50,21 +51,27 @@ def tick(s: State, m: Moment, record: Tick) -> Outputs:
 def _go_on(s: State, m: Moment) -> Outputs:
     """One chunk of each cursor, as far as the decision's budget goes."""
     for suffix, mark in list(s.scan(tables.MARKS)):
-        kind, _, rest = suffix.partition(b"/")
         if s.touched >= _KEYS:
             return
-        if kind + b"/" == leases.ENDING:
-            yield from leases.end_leases(s, m, rest.decode(), mark.text)
-        elif kind + b"/" == leases.DRAINING:
-            yield from leases.drain(s, m, rest.decode(), tables.number(mark.value))
-        elif kind + b"/" == attempts.RETIRING:
-            yield from attempts.retire_steps(s, m, rest.decode(), since={})
-        elif kind + b"/" == BINDING:
-            yield from bind_tasks(s, m, rest.decode(), after=mark.text)
-        elif kind + b"/" == task_lifecycle.TELLING:
-            yield from task_lifecycle.tell_waiters(s, m, rest.decode())
-        elif kind + b"/" == routing.CLEARING:
-            yield from routing.clear_outbox(s, m, int(rest), mark.value)
+        if not s.is_put_off(tables.MARKS, suffix):
+            with s.trying(tables.MARKS, suffix):
+                yield from _next_chunk(s, m, suffix, mark)
+
+
+def _next_chunk(s: State, m: Moment, cursor: bytes, mark: Mark) -> Outputs:
+    kind, _, rest = cursor.partition(b"/")
+    if kind + b"/" == leases.ENDING:
+        yield from leases.end_leases(s, m, rest.decode(), mark.text)
+    elif kind + b"/" == leases.DRAINING:
+        yield from leases.drain(s, m, rest.decode(), tables.number(mark.value))
+    elif kind + b"/" == attempts.RETIRING:
+        yield from attempts.retire_steps(s, m, rest.decode(), since={})
+    elif kind + b"/" == BINDING:
+        yield from bind_tasks(s, m, rest.decode(), after=mark.text)
+    elif kind + b"/" == task_lifecycle.TELLING:
+        yield from task_lifecycle.tell_waiters(s, m, rest.decode())
+    elif kind + b"/" == routing.CLEARING:
+        yield from routing.clear_outbox(s, m, int(rest), mark.value)
 
 
 def bind_tasks(s: State, m: Moment, task_type: str, after: str = "") -> Outputs:
@@ -87,11 +94,12 @@ def _fire(s: State, m: Moment, scope: bytes, now: int) -> Outputs:
             return
         if s.get(scope, suffix) is None:
             continue  # what fired before has ended the task or taken the timer back
-        if scope == tables.SOFT_TIMERS:
-            yield Note(scope, suffix, None)
-            yield from _soft(s, m, suffix, timer)
-        else:
-            yield from _KINDS[timer.kind](s, m.following(), timer.task_id)
+        with s.trying(scope, suffix):
+            if scope == tables.SOFT_TIMERS:
+                yield Note(scope, suffix, None)
+                yield from _soft(s, m, suffix, timer)
+            else:
+                yield from _KINDS[timer.kind](s, m.following(), timer.task_id)
 
 
 def _due(s: State, scope: bytes, now: int) -> list[tuple[bytes, Timer]]:
@@ -102,7 +110,8 @@ def _due(s: State, scope: bytes, now: int) -> list[tuple[bytes, Timer]]:
     for suffix, timer in s.scan(scope, start=tables.number(first)):
         if tables.timer_due(suffix) > now or len(found) >= limits.TICK_TIMERS:
             break
-        found.append((suffix, timer))
+        if not s.is_put_off(scope, suffix):
+            found.append((suffix, timer))
     return found
 
 
@@ -180,11 +189,10 @@ def skewed(s: State) -> bool:
 
 def next_tick(s: State) -> int | None:
     """Log time at which the next tick has something to do; None: never, as things stand."""
-    if s.clock.unconfirmed or s.clock.shift or any(k != SKEW for k, _ in s.scan(tables.MARKS)):
+    cursors = (k for k, _ in s.scan(tables.MARKS) if k != SKEW and not s.is_put_off(tables.MARKS, k))
+    if s.clock.unconfirmed or s.clock.shift or next(cursors, None) is not None:
         return AT_ONCE
     if next(s.scan(tables.WINDOW), None) is not None:
         return AT_ONCE
-    wanted = (look for w in s.sessions.values() for look in (leases.next_look(w), leases.next_telling(w)))
-    looks = [look - s.clock.offset for look in wanted if look is not None]
-    due = s.next_due()
-    return min(looks if due is None else [*looks, due], default=None)
+    looks = [look - s.clock.offset for look in leases.next_looks(s)]
+    return min((at for at in (*looks, s.next_due(), s.next_trial()) if at is not None), default=None)

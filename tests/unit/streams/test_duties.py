@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
 import pytest
 
 from perdure.schemas import commands, events
-from perdure.streams import tables, timers
-from tests.world import SECOND, ScriptedWorker, World
+from perdure.streams import leases, tables, task_lifecycle, timers
+from perdure.streams.decision import Moment, Outputs
+from perdure.streams.state import State
+from perdure.streams.timers import bind_tasks
+from tests.world import MINUTE, SECOND, ScriptedWorker, World
+
+SOFT = tables.SOFT_TIMERS
 
 
 def test_a_grant_to_a_worker_that_has_gone_silent_gives_it_no_second_term() -> None:
@@ -47,21 +56,108 @@ def test_a_host_whose_clock_is_ahead_sends_no_more_ticks_for_it() -> None:
     assert len(ticks(world)) - before < 60 / 2
 
 
-def test_a_tick_that_fails_is_tried_again_once_a_second_until_the_defect_is_gone(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """What it should have done stays due, and each trial is a record in quarantine for ever."""
+def test_what_a_tick_fails_at_is_left_out_and_all_else_that_is_due_happens(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One task that the engine has a defect with costs the others of its partition a tick, each ten minutes."""
+    world = World(partitions=1)
+    worker = ScriptedWorker(world, slots=9, beating=True).start()
+    broken = [world.submit(not_before=world.now + 3 * SECOND) for _ in range(3)]
+    sound = world.submit(not_before=world.now + 4 * SECOND)
+    with failing_at(monkeypatch, *broken):
+        world.advance(5 * SECOND)
+        assert [grant.task_id for grant in worker.grants()] == [sound]
+        before = len(ticks(world))
+        world.advance(8 * MINUTE)
+        assert len(ticks(world)) - before < 60, "ticks come for what is due alone"
+        assert [q.cause for q in world.quarantined()] == ["defect"] * 3
+        world.advance(3 * MINUTE)
+        assert [q.cause for q in world.quarantined()] == ["defect"] * 6
+    world.advance(10 * MINUTE)
+    assert {grant.task_id for grant in worker.grants()} == {sound, *broken}
+
+
+def test_another_process_tries_at_once_what_was_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     world = World(partitions=1)
     worker = ScriptedWorker(world, beating=True).start()
     task = world.submit(not_before=world.now + 3 * SECOND)
+    with failing_at(monkeypatch, task):
+        world.advance(5 * SECOND)
+    assert not worker.grants()
+    world.restart("kept")
+    world.advance(SECOND)
+    assert [grant.task_id for grant in worker.grants()] == [task]
+
+
+def test_a_session_that_cannot_be_ended_keeps_no_other_alive(monkeypatch: pytest.MonkeyPatch) -> None:
+    world = World(partitions=1)
+    silent = [ScriptedWorker(world, f"w{n}", slots=1).start() for n in range(2)]
+    world.submit()
+    world.submit()
+    stuck, sound = (worker.run().task_id for worker in silent)
+    with failing_at(monkeypatch, stuck):
+        world.advance(20 * SECOND)
+        assert [e.task_id for e in world.of_kind(events.AttemptLost)] == [sound]
+    world.advance(11 * MINUTE)
+    assert [e.task_id for e in world.of_kind(events.AttemptLost)] == [sound, stuck]
+
+
+def test_a_cursor_that_cannot_go_on_holds_no_timer_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    world = World(partitions=1)
+    worker = ScriptedWorker(world, beating=True).start()
+    for _ in range(timers.BINDS_AT_ONCE + 1):
+        world.submit("odd")
+    task = world.submit(not_before=world.now + 3 * SECOND)
     with monkeypatch.context() as broken:
-        broken.setitem(timers._KINDS, tables.NOT_BEFORE, lambda *_: 1 / 0)
+        broken.setattr(timers, "bind_tasks", bound_in_part)
+        world.configure_type("odd")
+        world.advance(5 * SECOND)
+    assert [q.cause for q in world.quarantined()] == ["defect"]
+    assert task in [grant.task_id for grant in worker.grants()]
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["before all else", "behind what it did"])
+def test_a_tick_that_fails_at_nothing_of_its_own_is_tried_again_once_a_second(
+    monkeypatch: pytest.MonkeyPatch, first: bool
+) -> None:
+    """What it should have done stays due, and each trial is a record in quarantine for ever."""
+    world = World(partitions=1)
+    worker = ScriptedWorker(world, slots=2, beating=True).start()
+    stuck = world.submit(not_before=world.now + 3 * SECOND)
+    sound = world.submit(not_before=world.now + 3 * SECOND)
+    due = timers._due
+    with failing_at(monkeypatch, stuck), monkeypatch.context() as broken:
+        if first:
+            broken.setattr(leases, "tell", raising)
+        else:
+            broken.setattr(timers, "_due", lambda s, scope, now: due(s, scope, now) if scope != SOFT else 1 / 0)
         world.advance(23 * SECOND)
     causes = [q.cause for q in world.quarantined()]
     assert set(causes) == {"defect"}
-    assert 15 <= len(causes) <= 25
+    assert 15 <= len(causes) <= 27
     world.advance(2 * SECOND)
-    assert [grant.task_id for grant in worker.grants()] == [task]
+    assert sound in [grant.task_id for grant in worker.grants()]
+
+
+def bound_in_part(s: State, m: Moment, task_type: str, after: str = "") -> Outputs:
+    """The first chunk is bound, and with the next a defect shows."""
+    yield from raising() if after else bind_tasks(s, m, task_type)
+
+
+def raising(*_: object) -> Outputs:
+    raise ZeroDivisionError("a defect")
+    yield
+
+
+@contextmanager
+def failing_at(monkeypatch: pytest.MonkeyPatch, *tasks: str) -> Iterator[None]:
+    """A defect that shows with these tasks: when they become ready, and when they are lost."""
+
+    def unless_broken(sound: Any) -> Any:
+        return lambda s, m, task_id, *more: (raising if task_id in tasks else sound)(s, m, task_id, *more)
+
+    with monkeypatch.context() as broken:
+        broken.setitem(timers._KINDS, tables.NOT_BEFORE, unless_broken(timers._KINDS[tables.NOT_BEFORE]))
+        broken.setattr(task_lifecycle, "lost", unless_broken(task_lifecycle.lost))
+        yield
 
 
 def ticks(world: World) -> list[commands.Tick]:
