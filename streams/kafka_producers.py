@@ -25,6 +25,12 @@ from perdure.streams.log import TopicPartition as Where
 
 LOG = logging.getLogger("perdure")
 T = TypeVar("T")
+_Delivered = Callable[[KafkaError | None, Message], None]
+_LATE_S = 2.0
+"""A plain producer that has heard nothing for so long may stand still for good."""
+_GRACE_S = 4.0
+"""How long one may take to append again once the leader answers; the slowest of 400 took 3.1 s."""
+_GRACE_MOST_S = 60.0
 _SLOW_COMMIT_S = 10.0
 """Nobody knows what has become of a request for so long."""
 _LOST = frozenset({"FAIL", "REQTMOUT"})
@@ -50,11 +56,43 @@ _PRODUCER: dict[str, Any] = {
 }
 
 
+class _Landing:
+    """What a producer was handed and has not acknowledged, by partition. For any number of threads."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._waiting: dict[Where, tuple[int, float]] = {}
+        """Partition -> records, and since when none of them was heard of."""
+        self.any = False
+        """Whether anything has landed."""
+
+    def handed(self, where: Where) -> None:
+        """One more."""
+        with self._lock:
+            count, since = self._waiting.get(where, (0, time.monotonic()))
+            self._waiting[where] = count + 1, since
+
+    def heard(self, where: Where, *, landed: bool) -> None:
+        """One less."""
+        with self._lock:
+            self.any = self.any or landed
+            count, _ = self._waiting.pop(where)
+            if count > 1:
+                self._waiting[where] = count - 1, time.monotonic()
+
+    def late(self) -> tuple[Where, float] | None:
+        """The partition that was not heard of for the longest, and since when, if that is long."""
+        with self._lock:
+            oldest = min(((since, where) for where, (_, since) in self._waiting.items()), default=None)
+        if oldest is None or time.monotonic() - oldest[0] < _LATE_S:
+            return None
+        return oldest[1], oldest[0]
+
+
 def _hand_over(
-    producer: Producer, topic: str, partition: int, key: bytes | None, value: bytes | None, on_ack: OnAck | None
+    producer: Producer, topic: str, partition: int, key: bytes | None, value: bytes | None, callback: _Delivered | None
 ) -> None:
     """Produce, waiting while the local queue is full. Raises `ValueTooLarge`."""
-    callback = None if on_ack is None else _acknowledge(on_ack)
     while True:
         try:
             producer.produce(topic, value=value, key=key, partition=partition, on_delivery=callback)
@@ -68,7 +106,7 @@ def _hand_over(
             raise sorted_error(error, f"append to {topic}") from error
 
 
-def _acknowledge(on_ack: OnAck) -> Callable[[KafkaError | None, Message], None]:
+def _acknowledge(on_ack: OnAck) -> _Delivered:
     def delivered(error: KafkaError | None, message: Message) -> None:
         if error is None:
             on_ack(message.offset() or 0, None)
@@ -79,11 +117,19 @@ def _acknowledge(on_ack: OnAck) -> Callable[[KafkaError | None, Message], None]:
 
 
 class KafkaProducer:
-    """An idempotent producer and the thread that serves its acknowledgements."""
+    """An idempotent producer and the thread that serves its acknowledgements.
+
+    It is replaced when it is good for nothing any more: when it has failed for good, as after a broker has lost what it
+    had acknowledged; and when it stands still although the partition's leader answers, as now and then after a broker
+    was away. Who waits for records of the old one is told that they have failed; they may be in the log.
+    """
 
     def __init__(self, log: Connection) -> None:
         self._log = log
-        self._producer = self._create()
+        self._changing = threading.Lock()
+        self._producer, self._landing = self._create(), _Landing()
+        self._looking = threading.Event()
+        self._grace_s = _GRACE_S
         self._open = True
         self._thread = threading.Thread(target=self._serve, name="kafka-acks", daemon=True)
         self._thread.start()
@@ -92,7 +138,35 @@ class KafkaProducer:
         self, topic: str, partition: int, key: bytes | None, value: bytes | None, on_ack: OnAck | None = None
     ) -> None:
         check_size(topic, key, value)
-        _hand_over(self._producer, self._log.prefix + topic, partition, key, value, on_ack)
+        with self._changing:
+            producer, landing = self._producer, self._landing
+        try:
+            self._append(producer, landing, topic, partition, key, value, on_ack)
+        except OutcomeUnknown as error:
+            cause = error.__cause__
+            if not isinstance(cause, KafkaException) or cause.args[0].code() != KafkaError._FATAL:
+                raise
+            self._replace(producer, str(error))  # it has failed for good before, and has taken nothing
+            self._append(self._producer, self._landing, topic, partition, key, value, on_ack)
+
+    def _append(
+        self, producer: Producer, landing: _Landing, topic: str, partition: int,
+        key: bytes | None, value: bytes | None, on_ack: OnAck | None,
+    ) -> None:  # fmt: skip
+        where = topic, partition
+        told = None if on_ack is None else _acknowledge(on_ack)
+
+        def delivered(error: KafkaError | None, message: Message) -> None:
+            landing.heard(where, landed=error is None)
+            if told is not None:
+                told(error, message)
+
+        landing.handed(where)
+        try:
+            _hand_over(producer, self._log.prefix + topic, partition, key, value, delivered)
+        except BaseException:
+            landing.heard(where, landed=False)
+            raise
 
     def flush(self, timeout_s: float) -> bool:
         return int(self._producer.flush(timeout_s)) == 0
@@ -109,17 +183,40 @@ class KafkaProducer:
 
     def _serve(self) -> None:
         while self._open:
+            producer = self._producer
             try:
-                _plainly(lambda: self._producer.poll(0.2))
+                _plainly(lambda p=producer: p.poll(0.2))  # type: ignore[misc]
             except KafkaException as error:
-                self._replace(error)
+                self._replace(producer, error.args[0].str())
+            except Exception:  # who was told may have a defect; the others wait for their acknowledgements
+                LOG.exception("what was to be done after an append has failed")
+            late = self._landing.late()
+            if late is not None and not self._looking.is_set():
+                self._looking.set()
+                look = (producer, self._landing, *late)
+                threading.Thread(target=self._look, args=look, name="kafka-stall", daemon=True).start()
 
-    def _replace(self, error: KafkaException) -> None:
-        """Go on with a new producer: the old one is good for nothing any more, as when a broker has lost what it had
-        acknowledged. Who waits for records of the old one is told that they have failed.
-        """
-        LOG.warning("a producer is replaced: %s", error.args[0].str())
-        old, self._producer = self._producer, self._create()
+    def _look(self, producer: Producer, landing: _Landing, where: Where, since: float) -> None:
+        """Whether it is the producer alone that stands still: the leader answers, and yet nothing is heard of."""
+        try:
+            self._log.offsets(where[0], max(0, where[1]))
+            # It has to find its way back by itself. If another one did no better, the leader has its reasons.
+            self._grace_s = _GRACE_S if landing.any else min(2 * self._grace_s, _GRACE_MOST_S)
+            time.sleep(self._grace_s)
+            if landing.late() == (where, since) and self._open:
+                self._replace(producer, f"nothing was heard of {where[0]}/{where[1]} although its leader answers")
+        except (InfrastructureError, KafkaException) as error:
+            LOG.debug("%s/%d cannot be appended to: %s", *where, error)  # the broker is away: nothing to be done
+        finally:
+            self._looking.clear()
+
+    def _replace(self, old: Producer, why: str) -> None:
+        """Go on with a new producer, unless another thread has done so. Blocks for up to 5 s."""
+        with self._changing:
+            if self._producer is not old:
+                return
+            LOG.warning("a producer is replaced: %s", why)
+            self._producer, self._landing = self._create(), _Landing()
         old.purge()
         deadline = time.monotonic() + _END_S
         while len(old) and time.monotonic() < deadline:
@@ -234,7 +331,8 @@ class KafkaTransactional:
         self, topic: str, partition: int, key: bytes | None, value: bytes | None, on_ack: OnAck | None = None
     ) -> None:
         check_size(topic, key, value)
-        _hand_over(self._producer, self._log.prefix + topic, partition, key, value, on_ack)
+        told = None if on_ack is None else _acknowledge(on_ack)
+        _hand_over(self._producer, self._log.prefix + topic, partition, key, value, told)
 
     def append_all(self, topic: str, partition: int, records: Sequence[tuple[bytes | None, bytes | None]]) -> None:
         messages: list[dict[str, Any]] = []
