@@ -48,12 +48,15 @@ def read_config(log: Log) -> Config:
         reader.assign({(topics.CONFIG.name, 0): first})  # by number: a consumer takes half a second to look BEGIN up
         while not reader.caught_up(topics.CONFIG.name, 0, end):
             for record in reader.read(1_000, 1.0):
-                name = (record.key or b"").decode()
+                name = (record.key or b"").decode(errors="replace")
                 if record.value is None:
                     found.pop(name, None)
-                else:
-                    content = codec.decode_as(ConfigRecord, record.value).content
-                    found[name] = (record.offset, json.loads(content))
+                    continue
+                try:
+                    content = json.loads(codec.decode_as(ConfigRecord, record.value).content)
+                except (DecodeError, ValueError, RecursionError):
+                    continue  # nobody's: the version before it stays in force, here as in the engine
+                found[name] = (record.offset, content)
     finally:
         reader.close()
     return found

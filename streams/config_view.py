@@ -58,6 +58,8 @@ class ConfigView:
             name = (record.key or b"").decode(errors="replace")
             content: bytes | None = None
             if record.value is not None:
+                if codec.class_of(record.value) is not ConfigRecord:
+                    continue  # and a schema that is unknown here must not be asked for: it would be looked for here
                 try:
                     content = codec.decode_as(ConfigRecord, record.value).content
                 except DecodeError:

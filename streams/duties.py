@@ -6,13 +6,14 @@ record is numbered, an acknowledgement is cumulative.
 
 from __future__ import annotations
 
+import logging
 from collections import deque
 from dataclasses import dataclass, field
 from functools import partial
 
 from perdure.schemas import codec, limits, topics
 from perdure.schemas.commands import ApplyConfig, Forwarded, ForwardedAck, Tick
-from perdure.schemas.errors import InfrastructureError
+from perdure.schemas.errors import InfrastructureError, ValueTooLarge
 from perdure.schemas.rows import Outbox, Position
 from perdure.schemas.signing import Keys, signed
 from perdure.streams import tables, timers
@@ -24,6 +25,7 @@ APPLIED_KINDS = frozenset({"queue", "type", "limit", "schedule", "rule", "notify
 _PATIENCE_MS = 1_000
 _UNLANDED_MS = 300_000
 """So often at the most is sent again what the producer still has."""
+LOG = logging.getLogger("perdure")
 
 
 @dataclass
@@ -75,8 +77,7 @@ class Duties:
             name = suffix.decode()
             # A row that is newer than all that was read shows that the view is behind, not that the name is gone.
             if name not in self._config.names and row.content is not None and row.version < self._config.read_to:
-                record = ApplyConfig(name=name, version=max(latest, row.version + 1), content=None)
-                self._append(self._partition, signed(record, *self._keys.newest_engine()))
+                self._offer(ApplyConfig(name=name, version=max(latest, row.version + 1), content=None))
 
     def _find_unsent(self) -> None:
         """Begin with what an earlier process has not seen acknowledged."""
@@ -129,7 +130,7 @@ class Duties:
         sent = self._tick_sent if self._tick_sent <= now else 0  # the host's clock may have been set back
         position = self._engine.state.position
         done = self._tick_offset is not None and position is not None and position.offset > self._tick_offset
-        if position is None or not done or self._engine.tick_failed or timers.skewed(self._engine.state):
+        if position is None or not done or self._engine.failing or timers.skewed(self._engine.state):
             return sent + _PATIENCE_MS
         if wanted == timers.AT_ONCE:
             return sent
@@ -146,8 +147,19 @@ class Duties:
             self._offered[name] = version
             known = state.get(tables.CONFIG, name.encode())
             if known is None or known.version < version:
-                record = ApplyConfig(name=name, version=version, content=content)
-                self._append(self._partition, signed(record, *self._keys.newest_engine()))
+                self._offer(ApplyConfig(name=name, version=version, content=content))
+
+    def _offer(self, record: ApplyConfig) -> None:
+        """Hand a version to the partition, and again with the next duties if it could not be written."""
+
+        def offered(offset: int, error: InfrastructureError | None) -> None:  # noqa: ARG001 - the place is of no interest
+            if error is not None and self._offered.get(record.name) == record.version:
+                del self._offered[record.name]
+
+        try:
+            self._append(self._partition, signed(record, *self._keys.newest_engine()), offered)
+        except ValueTooLarge as error:
+            LOG.error("%s of config is not applied, the version before it stays in force: %s", record.name[:100], error)
 
     def _send_outbox(self, now: int) -> None:
         """Send what is new, and all again when nothing was acknowledged for a while: they are taken in order only."""

@@ -59,8 +59,9 @@ class Engine:
         self._out: list[Out] = []
         self._after: list[Acknowledge] = []
         self._careful = False
-        self.tick_failed = False
-        """Whether the last tick was set aside for what no single row is to blame for: it is all still due."""
+        self._ticking = False
+        self.failing = False
+        """Whether the last tick or grant was set aside for what no single row is to blame for: it is all still due."""
         self._refuse_newer()
 
     def _refuse_newer(self) -> None:
@@ -74,13 +75,15 @@ class Engine:
 
     def execute(self, record: Record, *, careful: bool = False) -> None:
         """Execute one record. Never raises for what the record holds or brings about."""
-        self._careful = careful
-        if self._attempt(record, lambda: self._run(record, self._read(record))):
-            self._attempt(record, lambda: self._grant(record))
-        else:
-            self.state.grantable = True
-            if self.tick_failed and self.state.put_off(self._moment(record).now):
-                self.tick_failed = False  # the next tick does the rest
+        self._careful, self._ticking = careful, False
+        ran = self._attempt(record, lambda: self._run(record, self._read(record)))
+        if ran and self._attempt(record, lambda: self._grant(record)):
+            self.failing = self.failing and not self._ticking
+            return
+        self.state.grantable = True
+        left_out = self.state.put_off(self._moment(record).now)
+        if ran or self._ticking:
+            self.failing = not left_out
 
     def _attempt(self, record: Record, work: Callable[[], None]) -> bool:
         """Do a part of the work on a record whole, or leave nothing of it behind but its quarantine."""
@@ -92,8 +95,8 @@ class Engine:
             if self._careful:
                 s.check_rows()
             return True
-        except InfrastructureError:
-            raise  # of the store: no record is to blame, and none may be passed over
+        except (InfrastructureError, MemoryError):
+            raise  # of the store or the machine: no record is to blame, and none may be passed over
         except Exception as error:  # noqa: BLE001 - whatever a record brings about, the next ones are executed
             s.undo()
             del self._out[kept_out:], self._after[kept_after:]
@@ -110,12 +113,11 @@ class Engine:
     def _run(self, record: Record, given: Input) -> None:
         s = self.state
         tick = given.message if isinstance(given.message, commands.Tick) else None
-        self.tick_failed = self.tick_failed or tick is not None
+        self._ticking = tick is not None
         self._take(record, clock.adjust(s, self._moment(record), tick))
         self._take(record, decide(s, self._moment(record), given))
         self._advance(record)
         if tick is not None:
-            self.tick_failed = False
             s.look_for_timers()
 
     def _grant(self, record: Record) -> None:
@@ -280,6 +282,10 @@ class Engine:
         """Next offset of task-commands; nothing before the first record."""
         last = self.state.position
         return {} if last is None else {topics.COMMANDS.name: last.offset}
+
+    def latest(self) -> int | None:
+        """Log time of the newest input that was executed."""
+        return None if self.state.position is None else self.state.position.at
 
     def committed(self) -> None:
         """The store has the changes."""

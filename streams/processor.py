@@ -47,6 +47,9 @@ class Processor(Protocol):
     def positions(self) -> dict[str, int]:
         """Input topic -> next offset, as far as the state knows it."""
 
+    def latest(self) -> int | None:
+        """Log time, ms, than which nothing that was executed is newer; None: the state does not say."""
+
     def committed(self) -> None:
         """The store has the changes."""
 
@@ -128,8 +131,8 @@ class Transaction:
         data = record.value or b""
         self.out.append(Out(topics.QUARANTINE.name, None, codec.encode(Quarantined(
             topic=record.topic, partition=record.partition, offset=record.offset, at=record.at, reader=self._reader,
-            cause=cause, detail=detail[: limits.TRACEBACK_MAX], key=record.key, record=data[: limits.QUARANTINE_KEPT],
-            size=len(data),
+            cause=cause, detail=detail[: limits.TRACEBACK_MAX], key=(record.key or b"")[: limits.TEXT_MAX] or None,
+            record=data[: limits.QUARANTINE_KEPT], size=len(data),
         ))))  # fmt: skip
 
 
@@ -151,8 +154,8 @@ class Table:
     def execute(self, record: Record, *, careful: bool = False) -> None:  # noqa: ARG002 - rows are bytes already
         try:
             self.handle(record, self._tx)
-        except InfrastructureError:
-            raise  # of the store: no record is to blame, and none may be passed over
+        except (InfrastructureError, MemoryError):
+            raise  # of the store or the machine: no record is to blame, and none may be passed over
         except Exception as error:  # noqa: BLE001 - a defect of a fold must not stop the others
             self._tx.drop()
             self._tx.quarantine(record, "defect", f"{type(error).__name__}: {error}")
@@ -177,6 +180,9 @@ class Table:
 
     def positions(self) -> dict[str, int]:
         return dict(self._positions)
+
+    def latest(self) -> int | None:
+        return None
 
     def committed(self) -> None:
         self._tx.dirty = {}

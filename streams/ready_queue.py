@@ -23,16 +23,18 @@ def next_grant(s: State, m: Moment) -> Outputs:
     """Grant one task, if one is ready and a slot is idle; yields nothing otherwise."""
     free = [w for w in s.sessions.values() if w.state == "live" and w.running < w.slots and not w.full]
     for session in sorted(free, key=lambda w: (w.running - w.slots, w.session)):
-        task_id = _candidate(s, session)
-        if task_id is not None:
-            yield from _grant(s, m.following(), task_id, session)
+        found = _candidate(s, session)
+        if found is not None:
+            place, task_id, scope = found
+            with s.trying(scope, place):
+                yield from _grant(s, m.following(), task_id, session)
             return
 
 
-def _candidate(s: State, session: Session) -> str | None:
-    """The first task in any ready scope that the session serves."""
-    heads = [head for scope in _scopes(s, session) if (head := s.first_ready(scope)) is not None]
-    return min(heads)[1] if heads else None
+def _candidate(s: State, session: Session) -> tuple[bytes, str, bytes] | None:
+    """Place, id and scope of the first task in any ready scope that the session serves."""
+    heads = [(*head, scope) for scope in _scopes(s, session) if (head := s.first_ready(scope)) is not None]
+    return min(heads) if heads else None
 
 
 def _scopes(s: State, session: Session) -> Iterator[bytes]:

@@ -212,7 +212,8 @@ class State:
         return first
 
     def _read_front(self, scope: bytes, start: bytes) -> ReadyFront:
-        front = ReadyFront((place, row.task_id) for place, row in self.scan(scope, start=start))
+        places = ((p, row.task_id) for p, row in self.scan(scope, start=start) if not self.is_put_off(scope, p))
+        front = ReadyFront(places)
         self._fronts[scope] = front
         return front
 
@@ -252,27 +253,30 @@ class State:
         dues = [] if self.next_timer is None else [self.next_timer - self.clock.offset]
         return min(dues if self.next_start is None else [*dues, self.next_start], default=None)
 
-    # What ticks fail at ----------------------------------------------------------------------------------------------
+    # What was failed at ----------------------------------------------------------------------------------------------
 
     @contextmanager
     def trying(self, scope: bytes, suffix: bytes) -> Iterator[None]:
-        """A tick does what a row stands for. If that raises, this row is what the tick has failed at."""
+        """Something is done for a row, by a tick or a grant. If that raises, this row is what was failed at."""
         self._at = (scope, suffix)
         yield
         self._at = None
 
     def is_put_off(self, scope: bytes, suffix: bytes) -> bool:
-        """Whether ticks leave a row out for a while."""
+        """Whether a row is left out for a while."""
         return (scope, suffix) in self._put_off
 
     def put_off(self, now: int) -> bool:
-        """Ticks leave out what the last one has failed at, for ten minutes; False if it was no row's fault.
+        """Leave out what was just failed at, for ten minutes; False if that was no row's fault.
 
-        Only in memory: a defect goes with the build, and another process tries at once.
+        Only in memory, and until a transaction is aborted: a defect goes with the build, and another process tries at
+        once.
         """
-        if self._at is None:
+        at, self._at = self._at, None
+        if at is None:
             return False
-        self._put_off[self._at] = now + limits.PUT_OFF_MS
+        self._put_off[at] = now + limits.PUT_OFF_MS
+        self._fronts.pop(at[0], None)
         self.look_for_timers()
         return True
 
@@ -281,9 +285,11 @@ class State:
         over = [key for key, until in self._put_off.items() if until <= now]
         for key in over:
             del self._put_off[key]
+            self._fronts.pop(key[0], None)
         if over:
             self.next_timer = self.next_start = 0
             self.look_for_timers()
+            self.grantable = True
 
     def next_trial(self) -> int | None:
         """Log time from which on something that was put off is tried again."""
@@ -404,7 +410,8 @@ class State:
         self._passing.clear()
 
     def rolled_back(self) -> None:
-        """The transaction was aborted: back to what the store has."""
+        """The transaction was aborted: back to what the store has. What was put off in it is in no quarantine."""
         self._forget()
+        self._put_off.clear()
         self._kept.clear()
         self._load()

@@ -49,9 +49,14 @@ def tick(s: State, m: Moment, record: Tick) -> Outputs:
 
 
 def _go_on(s: State, m: Moment) -> Outputs:
-    """One chunk of each cursor, as far as the decision's budget goes."""
-    for suffix, mark in list(s.scan(tables.MARKS)):
-        if s.touched >= _KEYS:
+    """One chunk of each cursor, as far as half the decision's budget goes; after the timers' half, none waits for long.
+
+    Another one is first with each input, so that none waits for the end of those before it.
+    """
+    marks = list(s.scan(tables.MARKS))
+    first = m.cause.offset % max(1, len(marks))
+    for suffix, mark in [*marks[first:], *marks[:first]]:
+        if s.touched >= _KEYS // 2:
             return
         if not s.is_put_off(tables.MARKS, suffix):
             with s.trying(tables.MARKS, suffix):

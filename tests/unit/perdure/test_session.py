@@ -64,6 +64,18 @@ def test_deleted_configuration_is_not_known() -> None:
     assert read_config(log) == {}
 
 
+@pytest.mark.parametrize(
+    "foreign",
+    [b"{}", b"", codec.MARKER + b"8 unknown", codec.encode(ConfigRecord(name="queue/b", content=b"{"))],
+)
+def test_what_is_no_configuration_keeps_no_worker_from_starting(foreign: bytes) -> None:
+    log = MemoryLog(lambda: 1)
+    publish(log, {}, {"queue/a": {"routing_keys": ["a"]}}, "w", 5)
+    for key in (b"queue/a", b"queue/\xff"):
+        log.producer().append("config", 0, key, foreign)
+    assert read_config(log) == {"queue/a": (0, {"routing_keys": ["a"]})}
+
+
 def test_a_session_is_announced_then_beats_until_it_stops(sessions: Sessions, producer: Answering) -> None:
     session = sessions.begin(LANE, 3, "s-1", ["etl"], 4, 17, now=1_000)
     session.grants_seen = 2

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import threading
+from queue import SimpleQueue
+
 import pytest
 
+from perdure.schemas import codec
 from perdure.schemas.errors import Unreachable
 from perdure.streams import config_view
 from perdure.streams.config_view import ConfigView
+from perdure.streams.schema_lookup import SchemaLookup
 from tests.world import World
 
 
@@ -41,3 +46,18 @@ def test_a_first_look_that_fails_is_begun_anew(monkeypatch: pytest.MonkeyPatch) 
         with pytest.raises(Unreachable, match="away"):
             view.refresh()
     assert "type/noop" in view.refresh()
+
+
+def test_a_record_of_a_schema_that_nobody_knows_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    """To look for its schema would be to read `config`, where it is met again: no lock may wait for its own owner."""
+    world = World()
+    world.producer.append("config", 0, b"type/odd", codec.MARKER + b"8 unknown")
+    world.configure_type("young")
+    lookup = SchemaLookup(world.log)
+    ended = codec.learn_from(lookup)
+    try:
+        found: SimpleQueue[set[str]] = SimpleQueue()
+        threading.Thread(target=lambda: found.put(ConfigView(world.log).refresh()), daemon=True).start()
+        assert found.get(timeout=30) == {"type/noop", "type/young"}
+    finally:
+        ended()

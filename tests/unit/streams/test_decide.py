@@ -255,6 +255,22 @@ def test_a_defect_anywhere_is_quarantined_and_undone(monkeypatch: pytest.MonkeyP
     assert world.known(world.submit())
 
 
+def test_a_machine_without_memory_sets_no_record_aside(monkeypatch: pytest.MonkeyPatch) -> None:
+    def exhausted(*_: Any) -> Iterator[Any]:
+        raise MemoryError
+        yield
+
+    world = World()
+    with monkeypatch.context() as patch:
+        patch.setattr(submit, "submit", exhausted)
+        with pytest.raises(MemoryError):
+            world.submit(task_id="default/good")
+    world.restart()
+    world.pump()
+    assert world.known("default/good")
+    assert not world.quarantined()
+
+
 def test_an_output_that_fits_no_topic_costs_its_own_record_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     world = World()
     with monkeypatch.context() as patch:

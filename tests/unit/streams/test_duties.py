@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
-from perdure.schemas import commands, events
-from perdure.streams import leases, tables, task_lifecycle, timers
+from perdure.schemas import codec, commands, events
+from perdure.schemas.errors import InfrastructureError
+from perdure.streams import leases, ready_queue, tables, task_lifecycle, timers
 from perdure.streams.decision import Moment, Outputs
 from perdure.streams.state import State
 from perdure.streams.timers import bind_tasks
@@ -135,6 +136,81 @@ def test_a_tick_that_fails_at_nothing_of_its_own_is_tried_again_once_a_second(
     assert 15 <= len(causes) <= 27
     world.advance(2 * SECOND)
     assert sound in [grant.task_id for grant in worker.grants()]
+
+
+def test_a_grant_that_fails_holds_up_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    world = World(partitions=1)
+    worker = ScriptedWorker(world, slots=9, beating=True).start()
+    run = ready_queue._run_attempt
+    with monkeypatch.context() as broken:
+        broken.setattr(
+            ready_queue, "_run_attempt", lambda s, task, *more: 1 / 0 if "bad" in task else run(s, task, *more)
+        )
+        tasks = [world.submit(task_id=f"default/{name}") for name in ("bad1", "good1", "bad2", "good2")]
+        assert [grant.task_id for grant in worker.grants()] == [t for t in tasks if "good" in t]
+        for grant in worker.grants():
+            worker.run(grant.task_id)
+        world.advance(9 * MINUTE)
+        assert [q.cause for q in world.quarantined()] == ["defect"] * 2
+    world.advance(2 * MINUTE)
+    assert {grant.task_id for grant in worker.grants()} == {*tasks}
+
+
+def test_what_an_aborted_transaction_failed_at_is_tried_again_and_set_aside(monkeypatch: pytest.MonkeyPatch) -> None:
+    world = World(partitions=1)
+    ScriptedWorker(world, beating=True).start()
+    task = world.submit(not_before=world.now + 3 * SECOND)
+    with failing_at(monkeypatch, task):
+        world.now += 4 * SECOND
+        world.fault("aborted")
+        world.pump()
+        assert [q.cause for q in world.quarantined()] == ["defect"]
+
+
+def test_two_types_that_are_bound_at_once_hold_no_timer_up() -> None:
+    world = World(partitions=1)
+    waiting = world.submit(queue_timeout=2 * SECOND)
+    for kind in ("a", "b"):
+        for first in range(0, 10 * timers.BINDS_AT_ONCE, 50):
+            tasks = [
+                commands.SubmitTask(command_id=f"{kind}{n}", task_id=f"default/{kind}{n}", type=kind, queue="default")
+                for n in range(first, first + 50)
+            ]
+            world.send(commands.SubmitBatch(command_id=f"{kind}-{first}", tasks=tasks), 0)
+    world.now += 3 * SECOND
+    for kind in ("a", "b"):
+        world.configure_type(kind)
+    for _ in range(4):  # the records of the configuration, then a tick or two
+        world.engine.step()
+    assert world.task(waiting).state == "TIMED_OUT"
+    assert any(s.startswith(timers.BINDING) for s, _ in world.of_engine(0).state.scan(tables.MARKS)), "not done yet"
+
+
+@pytest.mark.parametrize("how", ["refused", "too large"])
+def test_a_version_that_could_not_be_handed_over_holds_up_nothing(monkeypatch: pytest.MonkeyPatch, how: str) -> None:
+    world = World(partitions=1)
+    worker = ScriptedWorker(world, types={"noop": 0}, beating=True).start()
+    append, failed = world.engine._producer.append, []
+
+    def failing(topic: str, partition: int, key: bytes | None, value: bytes, on_ack: Any = None) -> None:
+        if not failed and isinstance(codec.decode(value), commands.ApplyConfig):
+            failed.append(value)
+            on_ack(-1, InfrastructureError("not appended"))
+        else:
+            append(topic, partition, key, value, on_ack)
+
+    if how == "refused":
+        monkeypatch.setattr(world.engine._producer, "append", failing)
+        version = world.configure_type("noop", {"cancel_grace": 5})
+        world.advance(SECOND)
+        assert failed
+        task = world.submit(policy_version=version)
+    else:
+        world.configure("queue/etl", {"routing_keys": ["x" * 200 + str(n) for n in range(4_000)]})
+        world.advance(SECOND)
+        task = world.submit()
+    world.advance(SECOND)
+    assert [grant.task_id for grant in worker.grants()] == [task]
 
 
 def bound_in_part(s: State, m: Moment, task_type: str, after: str = "") -> Outputs:
