@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
+
+from perdure.cli_run import OWNER
 
 _BACKOFF_MIN_S = 0.1
 _BACKOFF_MAX_S = 10.0
@@ -27,7 +30,8 @@ def _say(text: str) -> None:
 def supervise(command: Sequence[str], count: int, say: Callable[[str], None] = _say) -> int:
     """Keep `count` processes of `command` running until SIGTERM or SIGINT; returns 0. Blocks.
 
-    One that ends is started again, at once at first and at growing intervals while it keeps dying young.
+    One that ends is started again, at once at first and at growing intervals while it keeps dying young. Where this
+    process is killed, those that ask for it (every `perdure` command that runs) end with it.
     """
     stopping = threading.Event()
     on_stop_signals(stopping.set)
@@ -45,7 +49,7 @@ def _keep(command: Sequence[str], number: int, stopping: threading.Event, say: C
     while not stopping.is_set():
         began = time.monotonic()
         try:
-            with subprocess.Popen(command) as child:
+            with subprocess.Popen(command, env=os.environ | {OWNER: str(os.getpid())}) as child:
                 while child.poll() is None and not stopping.wait(0.1):
                     pass
                 if stopping.is_set():

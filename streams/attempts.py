@@ -221,7 +221,8 @@ def _progress(s: State, m: Moment, task_id: str, report: reports.ReportProgress)
     }
     if report.fraction is not None:
         changes["fraction"] = min(max(report.fraction, 0.0), 1.0)
-    new = replace(live, active=m.now, progress_at=m.at, **changes)
+    active = max(m.now, s.due(m.at, 0))  # in a window of doubt, by the later reading, like all else that is a sign
+    new = replace(live, active=active, progress_at=m.at, **changes)
     yield Note(tables.task(task_id), tables.LIVE, new)
     yield Telemetry(
         ProgressReported(

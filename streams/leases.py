@@ -62,9 +62,11 @@ def beat(s: State, m: Moment, record: WorkerBeat) -> Outputs:
         return
     state = "live" if session.state == "suspect" else session.state
     seen = max(session.grants_seen, min(record.grants_seen, session.grants))
+    gap = m.now - session.beat > 2 * limits.BEAT_MS  # it, or the broker, was away, and what it reads comes back later
     yield _note(replace(
         session, beat=m.now, suspected=0, restarted=False, full=record.free <= 0, state=state, grants_seen=seen,
         slots=record.slots if record.slots > 0 else session.slots,
+        telling_since=m.now if gap else session.telling_since,
     ))  # fmt: skip
     if seen < session.grants:
         start = tables.number(seen + 1)
@@ -136,7 +138,9 @@ def restart(s: State, m: Moment) -> Outputs:
     for session in list(s.sessions.values()):
         if session.state != "ended" and not session.restarted:
             state = "live" if session.state == "suspect" else session.state
-            yield _note(replace(session, restarted=True, beat=m.now, suspected=0, state=state))
+            yield _note(replace(
+                session, restarted=True, beat=m.now, suspected=0, state=state, telling_since=m.now
+            ))  # fmt: skip
 
 
 def overdue(s: State, m: Moment) -> bool:

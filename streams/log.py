@@ -18,6 +18,7 @@ BEGIN = -2
 END = -1
 _READ_AT_ONCE = 2_000
 _APPEND_S = 15.0
+_LOOK_S = 10.0
 STILL_S = 90.0
 
 TopicPartition = tuple[str, int]
@@ -227,6 +228,24 @@ def records_of(log: Log, topic: str, partition: int, *, first: int = BEGIN, comm
                 raise Unreachable(f"{topic}/{partition} stands still before {end}: a transaction on it is open")
     finally:
         reader.close()
+
+
+def time_of(reader: Reader, topic: str, partition: int, offset: int) -> int | None:
+    """Log time, ms, of the record at an offset; None if there is none, or none any more, or the mark of a transaction.
+
+    For a reader of uncommitted records; assigns it. Blocks for milliseconds. Raises `Unreachable` after 10 s.
+    """
+    first, end = reader.bounds(topic, partition)
+    if not first <= offset < end:
+        return None
+    reader.assign({(topic, partition): offset})
+    deadline = time.monotonic() + _LOOK_S
+    while not reader.caught_up(topic, partition, offset + 1):
+        for record in reader.read(1, 0.2):
+            return record.at if record.offset == offset else None
+        if time.monotonic() > deadline:
+            raise Unreachable(f"{topic}/{partition} could not be read at {offset} within {_LOOK_S:g} s")
+    return None
 
 
 def append_one(log: Log, topic: str, partition: int, key: bytes | None, value: bytes) -> None:

@@ -16,7 +16,7 @@ from perdure.schemas.errors import InfrastructureError, Unreachable
 from perdure.schemas.rows import Mark, Position, Session
 from perdure.streams import leases, tables
 from perdure.streams.event_fold import EventFold
-from perdure.streams.log import Log
+from perdure.streams.log import Log, time_of
 from perdure.streams.store import RocksStore, Store
 
 _READ = 2_000
@@ -49,8 +49,13 @@ def fold_partition(log: Log, partition: int, store: Store, say: Say = lambda _: 
     store.apply({key: codec.encode(row) for key, row in _sessions_over(store)})
     where = (topics.COMMANDS.name, partition)
     committed = log.committed(topics.ENGINE_GROUP, [where])[where]
-    if committed is not None:
-        last = Position(offset=max(last.offset, committed), at=last.at)
+    if committed is not None and committed > last.offset:
+        reader = log.reader(committed=False)
+        try:
+            at = time_of(reader, topics.COMMANDS.name, partition, committed - 1)
+        finally:
+            reader.close()
+        last = Position(offset=committed, at=max(last.at, at or 0))
     if last.offset:
         store.apply({tables.POSITION: codec.encode(last)})
     return count

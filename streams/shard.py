@@ -16,7 +16,14 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Mapping
 
-from perdure.schemas.errors import ConfigurationError, Fenced, LogTruncated, RestoreStuck, Unreachable
+from perdure.schemas.errors import (
+    ConfigurationError,
+    Fenced,
+    InfrastructureError,
+    LogTruncated,
+    RestoreStuck,
+    Unreachable,
+)
 from perdure.streams import failpoints
 from perdure.streams.crash_marks import CrashMarks
 from perdure.streams.log import (
@@ -28,6 +35,7 @@ from perdure.streams.log import (
     TopicPartition,
     TransactionAborted,
     Transactional,
+    time_of,
 )
 from perdure.streams.processor import Kind, Out, changelog_rows
 from perdure.streams.restore_watch import RestoreWatch
@@ -100,6 +108,8 @@ class Shard:
         """What a record of the last transaction took to execute, s of CPU time."""
         self.reached: dict[TopicPartition, int] = {}
         """Input -> up to where it is executed, by what the state says and what was committed here since."""
+        self._said: dict[str, int] = {}
+        """Of a kind without a changelog: input -> up to where others have written what it brings about, and more."""
         self._marks = crash_marks
         self._producer: Transactional = log.transactional(transactional_id)
         self._changelog_next: int | None = None
@@ -185,32 +195,63 @@ class Shard:
         # Only to compare with, where the state says it: a broker that has restarted may hold offsets as pending for
         # ever although their transaction has ended in the log. What the group is told next puts that right.
         wanted = [(topic, self.partition) for topic in self.kind.inputs]
-        group = self._member.committed(wanted, settled=self.kind.plain_changelog)
+        group = self._member.committed(wanted, settled=not self.kind.positions_in_changelog)
         positions: dict[str, int | None] = {}
-        reader = self._log.reader()
-        for topic in self.kind.inputs:
-            committed = group[topic, self.partition]
-            stated = committed if self.kind.plain_changelog else known.get(topic)
-            self._require_all_of_the_state(topic, stated, committed)
-            first, _ = reader.bounds(topic, self.partition)
-            if stated is not None and stated < first and topic in self.kind.skippable:
-                stated = first
-            if stated is not None and stated < first:
-                reader.close()
-                raise LogTruncated(
-                    f"{topic}/{self.partition} begins at {first}, but {self.kind.name} has executed only up to "
-                    f"{stated}: {first - stated} records were deleted before they were read. Nothing is skipped: "
-                    f"extend the topic's retention, and set the position by hand only if the loss is accepted"
-                )
-            positions[topic] = stated
-            if stated is not None:
-                self.reached[topic, self.partition] = stated
-        reader.close()
+        reader = self._log.reader(committed=False)
+        try:
+            for topic in self.kind.inputs:
+                committed = group[topic, self.partition]
+                stated = self._of_the_group(reader, committed) if self.kind.plain_changelog else known.get(topic)
+                self._require_all_of_the_state(topic, stated, committed)
+                if self.kind.changelog is None:
+                    self._said[topic] = committed or 0
+                if stated is not None:
+                    stated = self._in_the_log(reader, topic, stated)
+                    self.reached[topic, self.partition] = max(stated, self._said.get(topic, 0))
+                positions[topic] = stated
+        finally:
+            reader.close()
         return positions
+
+    def _of_the_group(self, reader: Reader, committed: int | None) -> int | None:
+        """The group's position belongs to a changelog. One that was made anew and is still empty begins with it."""
+        assert self.kind.changelog is not None
+        _, end = reader.bounds(self.kind.changelog, self.partition)
+        if committed and not end:
+            LOG.warning("%s/%d is empty: it is made again from the beginning", self.kind.changelog, self.partition)
+        return committed if end else None
+
+    def _in_the_log(self, reader: Reader, topic: str, stated: int) -> int:
+        """Where to read on: what comes there has to come after all that was executed. Raises `LogTruncated`."""
+        where = f"{topic}/{self.partition}"
+        first, end = reader.bounds(topic, self.partition)
+        if not first <= stated <= end and topic in self.kind.skippable:
+            return first
+        if stated < first:
+            raise LogTruncated(
+                f"{where} begins at {first}, but {self.kind.name} has executed only up to {stated}: {first - stated} "
+                f"records were deleted before they were read. Nothing is skipped: extend the topic's retention, and "
+                f"set the position by hand only if the loss is accepted"
+            )
+        if stated > end:
+            raise LogTruncated(
+                f"{where} ends at {end}, but {self.kind.name} has executed it up to {stated}: it has lost its end, or "
+                f"was replaced. What is appended now would be taken for executed. Stop all that writes to it and "
+                f"restore the topic"
+            )
+        latest = self.processor.latest()
+        at = None if latest is None else time_of(reader, topic, self.partition, stated - 1)
+        if latest is not None and at is not None and at > latest:
+            raise LogTruncated(
+                f"{where} had lost its end, or was replaced, and has grown again: its record {stated - 1} is "
+                f"{at - latest} ms younger than all that {self.kind.name} has executed. What stands before it was "
+                f"never executed. Restore the topic"
+            )
+        return stated
 
     def _require_all_of_the_state(self, topic: str, stated: int | None, committed: int | None) -> None:
         """State and position are committed as one: a state that is behind has lost something. Raises `LogTruncated`."""
-        if self.kind.changelog is not None and committed is not None and (stated is None or stated < committed):
+        if self.kind.positions_in_changelog and committed is not None and (stated is None or stated < committed):
             raise LogTruncated(
                 f"{self.kind.changelog}/{self.partition} holds the state after {topic} {stated or 0}, but "
                 f"{self.kind.name} has executed up to {committed}: the changelog was replaced, or has lost its end. "
@@ -255,7 +296,7 @@ class Shard:
         out, writes = self._execute_all(records)
         self.record_cpu_s = (time.thread_time() - began) / max(1, len(records))
         positions = self.processor.positions()
-        reached = {(t, self.partition): positions[t] for t in {r.topic for r in records}}
+        reached = {(t, self.partition): max(positions[t], self._said.get(t, 0)) for t in {r.topic for r in records}}
         # 2, 3
         if out or self.kind.changelog is not None:
             self._commit(out, writes, reached)
@@ -310,6 +351,7 @@ class Shard:
         """What the records bring about: output records and changes of state."""
         for record in records:
             self._execute(record)
+            self._unsaid(record)
         try:
             return self.processor.take_out(), self.processor.writes()
         except (ValueError, TypeError):
@@ -317,7 +359,13 @@ class Shard:
             self.processor.rolled_back()
         for record in records:
             self._execute(record, careful=True)
+            self._unsaid(record)
         return self.processor.take_out(), self.processor.writes()
+
+    def _unsaid(self, record: Record) -> None:
+        """Keep nothing of what a record brings about if it was written before: what followed it would be undone."""
+        if record.offset < self._said.get(record.topic, 0):
+            self.processor.take_out()
 
     def _execute(self, record: Record, *, careful: bool = False) -> None:
         if self._marks is None:
@@ -329,7 +377,11 @@ class Shard:
             self.processor.set_aside_unread(record, "executing this record has ended the process three times")
         else:
             self._marks.enter(mark)
-            self.processor.execute(record, careful=careful)
+            try:
+                self.processor.execute(record, careful=careful)
+            except InfrastructureError:
+                self._marks.leave()  # the record is not to blame; for what else may end the process it is
+                raise
             self._marks.leave()
 
     def _found_committed(self, last: Record, still_mine: Callable[[], bool]) -> bool:

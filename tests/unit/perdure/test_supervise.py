@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -21,6 +22,19 @@ def _signals() -> Iterator[None]:
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
+
+
+def test_nothing_outlives_a_supervisor_that_is_killed() -> None:
+    """It could be stopped by nobody any more, and the next supervisor would start as many again."""
+    child = "import os, time; from perdure.cli_run import _end_with_owner as tie; tie(); "
+    child += "print(os.getpid(), flush=True); time.sleep(600)"
+    supervisor = f"import sys; from perdure.supervise import supervise; supervise([sys.executable, '-c', {child!r}], 1)"
+    with subprocess.Popen([sys.executable, "-c", supervisor], stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        child_fd = os.pidfd_open(int(process.stdout.readline()))
+        process.kill()
+    assert select.select([child_fd], [], [], 30)[0], "it goes on"
+    os.close(child_fd)
 
 
 def test_one_that_cannot_be_started_is_said_and_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:

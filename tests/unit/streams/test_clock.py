@@ -5,10 +5,12 @@ True time is `world.now`; the broker's clock is ahead of it by `world.skew`. No 
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from perdure.schemas import commands, events, limits
-from tests.world import HOUR, MINUTE, SECOND, ScriptedWorker, World, failed, progress, stopped
+from tests.world import HOUR, MINUTE, SECOND, ScriptedWorker, World, failed, milestone, progress, step, stopped
 
 EARLY = 5 * SECOND
 RETRIED = {
@@ -320,6 +322,21 @@ def test_a_no_progress_timeout_set_while_the_clock_is_ahead_fires_after_it_is_ba
     world.advance(8 * MINUTE)
     assert world.task(task_id).stopping == "none"
     world.advance(15 * MINUTE)
+    assert world.task(task_id).stopping == "timing_out"
+
+
+@pytest.mark.parametrize("sign", [progress(0.5), step("a"), milestone("m")], ids=lambda s: type(s).__name__)
+def test_a_sign_of_life_that_comes_first_after_a_silence_counts_as_of_now(sign: Any) -> None:
+    """Nobody has confirmed yet that so much time has passed; when a tick does, it must not lie before it."""
+    world = World()
+    worker = ScriptedWorker(world, beating=True).start()
+    task_id = world.submit(no_progress_timeout=5 * MINUTE)
+    worker.run()
+    world.now += 10 * MINUTE
+    worker.report(worker.grant(), sign)
+    world.advance(4 * MINUTE)
+    assert world.task(task_id).stopping == "none"
+    world.advance(MINUTE + SECOND)
     assert world.task(task_id).stopping == "timing_out"
 
 

@@ -266,6 +266,22 @@ def test_a_grant_that_is_not_seen_within_a_lease_is_lost_although_beats_arrive()
     assert world.task(task_id).epoch == 2
 
 
+@pytest.mark.parametrize("silent", [20 * SECOND, 50 * SECOND])
+def test_after_a_silence_a_grant_has_a_whole_lease_again_to_be_seen(silent: int) -> None:
+    """The reader of a worker comes back later than what it says does."""
+    world = World()
+    worker = ScriptedWorker(world, slots=1).start()
+    world.submit()
+    worker.beat(grants_seen=0)
+    world.advance(1_100)
+    world.now += silent
+    for _ in range(4):
+        worker.beat(grants_seen=0)
+        world.advance(BEAT)
+    worker.beat(grants_seen=0)
+    assert not losses(world)
+
+
 def test_beats_cannot_see_more_grants_than_were_given() -> None:
     world = World()
     worker = ScriptedWorker(world, slots=1).start()

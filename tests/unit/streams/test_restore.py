@@ -91,6 +91,24 @@ def test_a_store_that_is_ahead_of_its_log_is_a_refusal(world: World) -> None:
         world.restart()
 
 
+def test_input_that_has_lost_its_end_is_a_refusal(world: World) -> None:
+    del world.log._data[topics.COMMANDS.name, 0].entries[3:]
+    with pytest.raises(LogTruncated, match="ends at 3, but engine has executed it up to"):
+        world.restart()
+
+
+def test_input_that_has_lost_its_end_and_grown_again_is_a_refusal(world: World) -> None:
+    """Workers go on beating. What they and others say before the engine's position would never be executed."""
+    entries = world.log._data[topics.COMMANDS.name, 0].entries
+    executed = len(entries)
+    del entries[3:]
+    world.now += 1
+    while len(entries) <= executed:
+        world.append(b"{}", 0)
+    with pytest.raises(LogTruncated, match=f"its record {executed - 1} is 1 ms younger than all that engine has"):
+        world.restart()
+
+
 def test_a_position_of_the_group_that_is_gone_is_no_loss(world: World) -> None:
     """A group's positions expire; the state has its own."""
     world.log._offsets.clear()

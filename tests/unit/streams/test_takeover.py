@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from perdure.schemas import codec, topics
+from perdure.schemas import codec, limits, topics
 from perdure.schemas.errors import Unreachable
 from perdure.schemas.public import Quarantined
 from perdure.schemas.signing import Keys
@@ -230,3 +230,76 @@ def test_who_has_slept_for_long_does_not_call_its_store_fresh(log: MemoryLog, ho
     before = shard.rows_written
     shard.stay_fresh(shard._as_of + int(hours * HOUR))
     assert shard.rows_written - before == noted
+
+
+def letters(log: MemoryLog, store: MemoryStore) -> Shard:
+    """A processor whose input is its changelog, on a host of its own: it writes a letter for each record."""
+
+    def handle(record: Record, tx: Transaction) -> None:
+        tx.put(b"newest", str(record.offset).encode())
+        tx.emit(topics.DEAD_LETTERS.name, b"task", str(record.offset).encode())
+
+    inputs = (topics.COMMANDS.name,)
+    kind = Kind("letters", inputs, None, lambda s, _: Table("letters", s, handle, inputs))
+    member = log.member("letters", list(inputs), on_assigned=lambda _: None, on_revoked=lambda *_: None)
+    shard = Shard(kind, 0, log=log, store=store, member=member, transactional_id="letters.0")
+    shard.start_positions()
+    return shard
+
+
+def test_who_has_to_read_again_what_others_have_written_undoes_none_of_it(log: MemoryLog) -> None:
+    """It may be interrupted: the last letter of a key would then be an old one, and its owner would not write it again."""
+    held = inputs(log)
+    assert letters(log, MemoryStore()).run_batch(held[:4])
+    late = letters(log, MemoryStore())
+    assert late.run_batch(held[:2])
+    assert [r.value for r in log.records(topics.DEAD_LETTERS.name)] == [b"0", b"1", b"2", b"3"]
+    assert late.reached == {(topics.COMMANDS.name, 0): 4}
+    assert late.run_batch(held)
+    assert [r.value for r in log.records(topics.DEAD_LETTERS.name)] == [b"0", b"1", b"2", b"3", b"4", b"5"]
+    assert late._store.get(b"newest") == b"5"
+
+
+def test_a_public_state_that_was_made_anew_is_made_again_from_the_beginning(log: MemoryLog) -> None:
+    inputs_of = (topics.COMMANDS.name,)
+
+    def handle(record: Record, tx: Transaction) -> None:
+        tx.put(str(record.offset).encode(), b"row")
+
+    def shard() -> Shard:
+        kind = Kind("rows", inputs_of, topics.PROGRESS.name, lambda s, _: Table("rows", s, handle, inputs_of),
+                    plain_changelog=True)  # fmt: skip
+        member = log.member("rows", list(inputs_of), on_assigned=lambda _: None, on_revoked=lambda *_: None)
+        made = Shard(kind, 0, log=log, store=MemoryStore(), member=member, transactional_id="rows.0")
+        while not made.restore_some():
+            pass
+        return made
+
+    first = shard()
+    assert first.start_positions() == {topics.COMMANDS.name: None}
+    assert first.run_batch(inputs(log))
+    assert shard().start_positions() == {topics.COMMANDS.name: INPUTS}
+    log.replace(topics.PROGRESS.name)
+    assert shard().start_positions() == {topics.COMMANDS.name: None}
+
+
+@pytest.mark.parametrize(("error", "blamed"), [(Unreachable("config"), False), (MemoryError("none left"), True)])
+def test_a_record_is_to_blame_only_for_what_may_be_its_own_doing(
+    log: MemoryLog, tmp_path: Path, error: Exception, blamed: bool
+) -> None:
+    """A schema that nobody could be asked for is not; a process that has no memory left may be killed by it again."""
+
+    def handle(record: Record, tx: Transaction) -> None:
+        raise error
+
+    names = (topics.COMMANDS.name,)
+    for _ in range(limits.KILLER_DEATHS):
+        kind = Kind("failing", names, None, lambda s, _: Table("failing", s, handle, names))
+        member = log.member("failing", list(names), on_assigned=lambda _: None, on_revoked=lambda *_: None)
+        shard = Shard(
+            kind, 0, log=log, store=MemoryStore(), member=member, transactional_id="failing.0",
+            crash_marks=CrashMarks(tmp_path / "marks"),
+        )  # fmt: skip
+        with pytest.raises(type(error)):
+            shard._transact(inputs(log))
+    assert CrashMarks(tmp_path / "marks").is_killer(0) == blamed
