@@ -31,7 +31,7 @@ from perdure.schemas.errors import ConfigurationError, InvalidRequest, PerdureEr
 from perdure.schemas.inbox import RunAttempt, StepPage
 from perdure.steps import OpenStep, RecordedSteps, differences, hash_arguments, name_of, unwrapped
 from perdure.tasks import TaskType
-from perdure.tracks import Sections
+from perdure.tracks import Sections, has_room
 
 HARD = ("timed_out", "cancelled", "revoked")
 """Stops for good: they end the attempt wherever it calls us. The others wait for a boundary."""
@@ -270,7 +270,8 @@ class Attempt:
             result = yield call
         except Exception as error:
             kinds, message, trace = failures.describe(error, _OURS)
-            self._report(step, began, error_types=kinds, error_message=message, error_traceback=trace)
+            number = self._report(step, began, error_types=kinds, error_message=message, error_traceback=trace)
+            yield self.exchange.acked(number)  # who tries again in a loop fills no memory while the broker is away
             raise
         finally:
             running_step.set(outer)
@@ -329,9 +330,9 @@ class Attempt:
         try:
             self._outside_steps("ctx.track")
             path = self.sections.scope.track(name, section)
-            if section == 0 and path not in self.positions and len(self.positions) >= limits.POSITIONS_MAX:
-                raise StepError(f"track {path}: more than {limits.POSITIONS_MAX} tracks in one task or item; "
-                                "go through their common list with a track of its own")  # fmt: skip
+            if section == 0 and not has_room(self.positions, path):
+                raise StepError(f"track {path[:100]}: more than {limits.POSITIONS_MAX} tracks in one task or item, or "
+                                "too long names; go through their common list with a track of its own")  # fmt: skip
         except StepError as error:
             raise self._final(error) from None
         return path, 0 if section else self.positions.get(path, 0)
@@ -468,16 +469,15 @@ class Attempt:
         """See `Context`."""
         self._check()
         if not isinstance(name, str) or not 1 <= len(name.encode(errors="replace")) <= limits.TEXT_MAX:
-            raise InvalidRequest(
-                f"{name!r} is no name for a milestone: 1 to {limits.TEXT_MAX} bytes of text", field="name"
-            )
+            raise InvalidRequest(f"{name!r} is no name for a milestone: 1 to {limits.TEXT_MAX} bytes of text",
+                                 field="name")  # fmt: skip
         name = name.encode(errors="replace").decode()
         if name in self.milestones:
             return
-        if len(self.milestones) >= limits.MILESTONES_MAX:
-            raise InvalidRequest(
-                f"a task has at most {limits.MILESTONES_MAX:,} milestones; use ctx.progress", field="name"
-            )
+        named = sum(len(known.encode()) for known in (*self.milestones, name))
+        if len(self.milestones) >= limits.MILESTONES_MAX or named > limits.MILESTONES_BYTES:
+            most = f"{limits.MILESTONES_MAX:,} milestones with {limits.MILESTONES_BYTES:,} bytes of names"
+            raise InvalidRequest(f"a task has at most {most}; use ctx.progress", field="name")
         self.milestones.append(name)
         self.exchange.post(channel.Milestone, name=name)
 

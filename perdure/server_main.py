@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing, suppress
 from pathlib import Path
@@ -20,6 +21,7 @@ from perdure.replies import Replies
 from perdure.schemas import codec, ids, json_commands, limits, topics
 from perdure.schemas.codec import replace
 from perdure.schemas.errors import InfrastructureError, Unreachable
+from perdure.session import publish, read_config
 from perdure.streams.host_slots import HostSlot, host_id
 from perdure.streams.kafka_connection import quiet
 from perdure.streams.kafka_log import KafkaLog
@@ -52,6 +54,9 @@ def main(
     instance = f"{host_id(state)}-{slot.number}"
     lookup = SchemaLookup(log)
     unlearn = codec.learn_from(lookup)
+    known = read_config(log)
+    schemas = codec.unpublished_schemas(known)  # others have to be able to read what it writes
+    publish(log, known, schemas, instance, time.time_ns() // 1_000_000)
     commands = Commands(log)
     large = settings.large_values(log.topic_id)
     projections = [Projection(log, kind, state / "partition", instance) for kind in (PROGRESS, DEAD_LETTERS)]

@@ -93,7 +93,7 @@ def publish(log: Log, known: Config, wanted: Mapping[str, Any], issued_by: str, 
         producer.close()
     if failures or not done:
         cause = next(iter(failures), None)
-        raise Unreachable("the worker's types could not be written to config; is the broker up?") from cause
+        raise Unreachable("what this process works with could not be written to config; is the broker up?") from cause
     return versions
 
 

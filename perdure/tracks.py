@@ -16,7 +16,7 @@ import itertools
 import math
 import re
 import threading
-from collections.abc import AsyncIterable, AsyncIterator, Iterable, Iterator, Sequence, Sized
+from collections.abc import AsyncIterable, AsyncIterator, Collection, Iterable, Iterator, Sequence, Sized
 from contextvars import ContextVar
 from functools import lru_cache
 from typing import Any, Protocol
@@ -60,6 +60,14 @@ def _key_text(key: object) -> str:
     if not isinstance(key, str) and (_ADDRESS.search(text) or isinstance(key, (set, frozenset))):
         raise StepError(f"the key {text:.80} is another in every attempt; give a text, number, date or the like")
     return text
+
+
+def has_room(positions: Collection[str], path: str) -> bool:
+    """Whether a checkpoint takes the position of one more track beside these; of one that it has in any case."""
+    if path in positions:
+        return True
+    size = sum(len(known.encode()) + 9 for known in (*positions, path))
+    return len(positions) < limits.POSITIONS_MAX and size <= limits.POSITIONS_BYTES - limits.TEXT_MAX
 
 
 class Scope:

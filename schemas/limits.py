@@ -42,6 +42,8 @@ BATCH_TASKS_MAX = 100
 POSITIONS_MAX = 256
 """Tracks open at the same time in one checkpoint."""
 MILESTONES_MAX = 1_000
+MILESTONES_BYTES = POSITIONS_BYTES = 12 * 1024
+"""Of the names of a task's milestones; of the paths of a checkpoint's tracks (9 more for each) and its URI."""
 FIND_PREFIX_MIN = 8
 FIND_IDS_MAX = 100
 

@@ -25,7 +25,6 @@ from perdure.streams.decision import Moment, Note, Outputs, Telemetry, ToWorker,
 from perdure.streams.state import State
 
 RETIRING = b"retiring/"
-MILESTONES_BYTES = POSITIONS_BYTES = 12 * 1024
 """Of all of a task's milestones, of a checkpoint's positions: every later grant carries them."""
 
 
@@ -136,14 +135,14 @@ def _fault_of(s: State, task_id: str, report: Report) -> str | None:
             return _fault_of_step(s, task_id, t, report)
         case reports.ReportMilestone():
             size = len(report.name.encode())
-            room = MILESTONES_BYTES - sum(len(name.encode()) for name in t.milestones)
+            room = limits.MILESTONES_BYTES - sum(len(name.encode()) for name in t.milestones)
             known = report.name in t.milestones
             if not known and (size > min(room, limits.TEXT_MAX) or len(t.milestones) >= limits.MILESTONES_MAX):
                 return f"milestone {report.name[:100]!r} is too long, or there are too many already"
         case reports.ReportCheckpoint():
             if t.checkpoint is not None and report.version <= t.checkpoint.version:
                 return f"checkpoint {report.version} after {t.checkpoint.version}"
-            if sum(len(track.encode()) + 9 for track in (*report.positions, report.uri)) > POSITIONS_BYTES:
+            if sum(len(track.encode()) + 9 for track in (*report.positions, report.uri)) > limits.POSITIONS_BYTES:
                 return f"checkpoint {report.version} has too many positions"
         case reports.ReportProgress():
             if report.fraction is not None and not math.isfinite(report.fraction):

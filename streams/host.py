@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from perdure.schemas import codec, topics
-from perdure.schemas.errors import ConfigurationError
+from perdure.schemas.errors import ConfigurationError, InfrastructureError, Unreachable
 from perdure.schemas.public import ConfigRecord
 from perdure.schemas.signing import Keys
 from perdure.streams import topology
@@ -38,12 +38,21 @@ _UPLOAD_S = 5.0
 
 
 def publish_schemas(producer: Producer, config: ConfigView) -> None:
-    """Put the schemas that this build writes into `config`, before anything is written with them."""
+    """Put the schemas that this build writes into `config`, before it writes with them. Raises `Unreachable`."""
     schemas = codec.unpublished_schemas(config.names)
+    refused: list[InfrastructureError] = []
+
+    def heard(_offset: int, error: InfrastructureError | None) -> None:
+        if error is not None:
+            refused.append(error)
+
     for name in sorted(schemas):
         record = ConfigRecord(name=name, content=json.dumps(schemas[name], separators=(",", ":")).encode())
-        producer.append(topics.CONFIG.name, 0, name.encode(), codec.encode(record))
-    producer.flush(30.0)
+        producer.append(topics.CONFIG.name, 0, name.encode(), codec.encode(record), heard)
+    if not producer.flush(30.0) or refused:
+        raise Unreachable(
+            "the schemas of this build could not be written to config, and others could not read what it writes"
+        ) from next(iter(refused), None)
 
 
 def namespace_level(config: ConfigView) -> int:

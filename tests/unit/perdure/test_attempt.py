@@ -222,3 +222,13 @@ def test_a_milestone_is_told_once_over_all_attempts() -> None:
     engine = engine_for(job)
     assert len(engine.run().of(channel.Milestone)) == 1
     assert engine.run().of(channel.Milestone) == []
+
+
+def test_names_of_milestones_that_the_engine_would_not_take_are_refused_at_once() -> None:
+    def job(ctx: Context) -> None:
+        for n in range(20):
+            ctx.milestone(f"{n} " + "x" * 1_000)
+
+    run = engine_for(job).run()
+    assert len(run.of(channel.Milestone)) == limits.MILESTONES_BYTES // 1_003
+    assert "12,288 bytes of names" in failure_of(run).message

@@ -13,6 +13,7 @@ from perdure.projections import server
 from perdure.schemas import codec, limits, topics
 from perdure.schemas.commands import SubmitTask
 from perdure.schemas.errors import DecodeError, InvalidRequest
+from perdure.session import read_config
 from perdure.settings import Settings
 from perdure.streams.memory_log import MemoryLog
 
@@ -75,6 +76,7 @@ def test_the_api_answers_to_the_name_that_clients_are_given(
     settings = Settings(bootstrap="localhost:9092", api=api, api_token="secret", state_dir=tmp_path)
     assert server_main.main(settings, host="0.0.0.0", port=1) == 0
     assert told["names"] == names
+    assert codec.unpublished_schemas(read_config(log)) == {}, "others can read what it writes"
     assert (told["host"], told["port"], told["token"]) == ("0.0.0.0", 1, "secret")
     assert set(told["background"]) == {"progress", "dead_letters", "engine-lag"}
     assert set(told["lags"]()) == {"progress", "dead_letters", "engine"}

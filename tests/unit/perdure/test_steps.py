@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import datetime as dt
 import logging
@@ -165,6 +166,28 @@ def test_a_step_waits_for_its_acknowledgement() -> None:
     way.wait = wait  # type: ignore[method-assign]
     attempt.run()
     assert failure_of(way).error_types[0].endswith("Outage")
+
+
+def test_a_step_that_fails_again_and_again_waits_each_time_until_that_is_recorded() -> None:
+    """While the broker is away the loop of an author, who tries until it works, is not to fill the memory."""
+
+    def job(ctx: Context) -> None:
+        for _ in range(100):
+            with contextlib.suppress(ZeroDivisionError):
+                ctx.step("s", lambda: 1 / 0)
+
+    engine = engine_for(job)
+    engine.acknowledges = False
+    attempt, way = engine.attempt()
+
+    class Outage(BaseException): ...
+
+    def wait() -> None:
+        raise Outage
+
+    way.wait = wait  # type: ignore[method-assign]
+    attempt.run()
+    assert len(way.of(channel.Step)) == 1
 
 
 def test_a_failed_step_is_reported_and_runs_again() -> None:

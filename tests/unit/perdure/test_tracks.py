@@ -356,6 +356,19 @@ def test_too_many_tracks_are_refused_by_name() -> None:
     assert str(limits.POSITIONS_MAX) in failure_of(engine_for(job).run()).message
 
 
+def test_tracks_with_more_names_than_a_checkpoint_takes_are_refused_at_once() -> None:
+    """The engine would refuse the checkpoint, and the attempt would believe that it has one."""
+
+    def job(ctx: Context) -> None:
+        kept = []
+        for n in range(100):
+            kept.append(ctx.track([1, 2], name=f"{n}/" + "x" * 120))
+            next(kept[-1])
+        ctx.checkpoint()
+
+    assert "too long names" in failure_of(engine_for(job).run()).message
+
+
 def test_a_track_in_a_thread_is_gone_through_without_a_position() -> None:
     def job(ctx: Context) -> None:
         def side() -> None:
