@@ -12,6 +12,7 @@ import pytest
 from perdure.connectors.embedded_kafka import EmbeddedKafka
 from perdure.handle import Handle
 from perdure.schemas import limits
+from perdure.schemas.errors import Unreachable
 from tests.integration.stack import Process, Stack, prove, stack_on, stopped, tree, until
 
 pytestmark = pytest.mark.kafka
@@ -53,6 +54,7 @@ class Work:
         """Both tasks end as if nothing had happened: by the same children, in the first epoch, each step once."""
         stack = self._stack
         self._gate.touch()
+        until("an answer of the engine, which may have to take its partitions again first", self._is_answered)
         assert stack.result(self._steps) == sum(range(COUNT))
         assert stack.result(self._long) == 1
         prove(stack, self._steps.id, COUNT, kills=0)
@@ -61,6 +63,12 @@ class Work:
         assert stack.messages("task-events", "AttemptLost", "ReportRejected", "CommandRejected") == []
         assert stack.messages("quarantine") == []
         until("an idle task afterwards", lambda: stack.result(stack.submit("add", {"a": 1, "b": 2})) == 3)
+
+    def _is_answered(self) -> bool:
+        try:
+            return self._steps.status() is not None
+        except Unreachable:
+            return False
 
 
 def test_a_machine_that_stood_still_has_lost_nothing(kafka: EmbeddedKafka, stack: Stack) -> None:
