@@ -27,7 +27,7 @@ class DeadLetterProcessor:
     """Keeps `task-dead-letters`: a record for each dead letter, a tombstone when it is one no more.
 
     The cases of all open tasks are no public record, so the store has no changelog: a lost one is filled by reading the
-    input from its beginning, which appends the same letters again.
+    input from its beginning. What was written before, as far as the group's position tells, is not written again.
     """
 
     name = "dead_letters"

@@ -43,7 +43,8 @@ POSITIONS_MAX = 256
 """Tracks open at the same time in one checkpoint."""
 MILESTONES_MAX = 1_000
 MILESTONES_BYTES = POSITIONS_BYTES = 12 * 1024
-"""Of the names of a task's milestones; of the paths of a checkpoint's tracks (9 more for each) and its URI."""
+"""Of the names of a task's milestones; of the paths of a checkpoint's tracks (9 more for each) and its URI: every later
+grant carries them."""
 FIND_PREFIX_MIN = 8
 FIND_IDS_MAX = 100
 
@@ -63,7 +64,7 @@ CHUNK = 150
 """Tasks that one decision changes when it works through many."""
 TICK_TIMERS = 500
 PUT_OFF_MS = 10 * 60_000
-"""How long ticks leave out what one of them has failed at."""
+"""How long ticks and grants leave out what one of them has failed at."""
 STEPS_CHUNK = 500
 
 # Time

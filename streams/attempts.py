@@ -25,7 +25,6 @@ from perdure.streams.decision import Moment, Note, Outputs, Telemetry, ToWorker,
 from perdure.streams.state import State
 
 RETIRING = b"retiring/"
-"""Of all of a task's milestones, of a checkpoint's positions: every later grant carries them."""
 
 
 def entry(s: State, m: Moment, session: str, e: ReportEntry, token_holds: bool) -> Outputs:

@@ -68,10 +68,12 @@ class Duties:
         self._ahead: int | None = 0
         """ms by which the host's clock was ahead of the log's at the last tick; None: that is not executed yet."""
         self._find_unsent()
+        self._deletions_offered = False
         self._offer_deletions()
 
     def _offer_deletions(self) -> None:
         """What the state still has and `config` has no longer, not even as a tombstone, was deleted."""
+        self._deletions_offered = True
         latest = max((version for version, _ in list(self._config.names.values())), default=0)
         for suffix, row in list(self._engine.state.scan(tables.CONFIG)):
             name = suffix.decode()
@@ -99,6 +101,8 @@ class Duties:
     def perform(self, now: int) -> None:
         """Send what is due at `now`."""
         self._send_outbox(now)
+        if not self._deletions_offered:
+            self._offer_deletions()
         self._offer_config()
         self._tick(now)
 
@@ -150,10 +154,12 @@ class Duties:
                 self._offer(ApplyConfig(name=name, version=version, content=content))
 
     def _offer(self, record: ApplyConfig) -> None:
-        """Hand a version to the partition, and again with the next duties if it could not be written."""
+        """Hand a version or a deletion to the partition, and again with the next duties if it could not be written."""
 
         def offered(offset: int, error: InfrastructureError | None) -> None:  # noqa: ARG001 - the place is of no interest
-            if error is not None and self._offered.get(record.name) == record.version:
+            if error is not None and record.content is None:
+                self._deletions_offered = False
+            elif error is not None and self._offered.get(record.name) == record.version:
                 del self._offered[record.name]
 
         try:

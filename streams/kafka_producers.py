@@ -5,6 +5,7 @@ They never buffer for long (`linger.ms=0`, Nagle off): a commit flushes anyway, 
 
 from __future__ import annotations
 
+import itertools
 import logging
 import threading
 import time
@@ -31,6 +32,10 @@ _LATE_S = 2.0
 _GRACE_S = 4.0
 """How long one may take to append again once the leader answers; the slowest of 400 took 3.1 s."""
 _GRACE_MOST_S = 60.0
+_DRAIN_S = 5.0
+"""How long a producer that is good for nothing may take to give back what it was handed."""
+_UNCERTAIN = frozenset({KafkaError._PURGE_INFLIGHT, KafkaError._PURGE_QUEUE, KafkaError._FATAL})
+_MAY_ARRIVE = "; it may still be there, so repeat a submit only with the same id or key"
 _SLOW_COMMIT_S = 10.0
 """Nobody knows what has become of a request for so long."""
 _LOST = frozenset({"FAIL", "REQTMOUT"})
@@ -57,36 +62,58 @@ _PRODUCER: dict[str, Any] = {
 
 
 class _Landing:
-    """What a producer was handed and has not acknowledged, by partition. For any number of threads."""
+    """What one producer was handed and has not acknowledged. For any number of threads."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._waiting: dict[Where, tuple[int, float]] = {}
-        """Partition -> records, and since when none of them was heard of."""
-        self.any = False
-        """Whether anything has landed."""
+        self._numbers = itertools.count()
+        self._records: dict[int, tuple[Where, OnAck | None]] = {}
+        self._heard: dict[Where, tuple[int, float]] = {}
+        """Partition -> records that wait, and since when none of them was heard of."""
+        self.landed: set[Where] = set()
+        """Partitions that something has landed in."""
 
-    def handed(self, where: Where) -> None:
-        """One more."""
-        with self._lock:
-            count, since = self._waiting.get(where, (0, time.monotonic()))
-            self._waiting[where] = count + 1, since
+    def __len__(self) -> int:
+        return len(self._records)
 
-    def heard(self, where: Where, *, landed: bool) -> None:
-        """One less."""
+    def handed(self, where: Where, on_ack: OnAck | None) -> int:
+        """One more; its number."""
         with self._lock:
-            self.any = self.any or landed
-            count, _ = self._waiting.pop(where)
+            number = next(self._numbers)
+            self._records[number] = where, on_ack
+            count, since = self._heard.get(where, (0, time.monotonic()))
+            self._heard[where] = count + 1, since
+            return number
+
+    def heard(self, number: int, *, landed: bool = False) -> OnAck | None:
+        """One less: who is to be told of it. None, too, if he was told before."""
+        with self._lock:
+            where, on_ack = self._records.pop(number, (None, None))
+            if where is None:
+                return None
+            if landed:
+                self.landed.add(where)
+            count, _ = self._heard.pop(where)
             if count > 1:
-                self._waiting[where] = count - 1, time.monotonic()
+                self._heard[where] = count - 1, time.monotonic()
+            return on_ack
 
-    def late(self) -> tuple[Where, float] | None:
-        """The partition that was not heard of for the longest, and since when, if that is long."""
+    def late(self) -> list[tuple[Where, float]]:
+        """Partitions that were not heard of for long, and since when: the longest first."""
+        end = time.monotonic() - _LATE_S
         with self._lock:
-            oldest = min(((since, where) for where, (_, since) in self._waiting.items()), default=None)
-        if oldest is None or time.monotonic() - oldest[0] < _LATE_S:
-            return None
-        return oldest[1], oldest[0]
+            found = [(where, since) for where, (_, since) in self._heard.items() if since < end]
+        return sorted(found, key=lambda late: late[1])
+
+    def give_up(self) -> None:
+        """Tell everybody who still waits that nobody knows what has become of his record."""
+        for number in list(self._records):
+            on_ack = self.heard(number)
+            try:
+                if on_ack is not None:
+                    on_ack(-1, Unreachable(f"an append was not heard of again{_MAY_ARRIVE}"))
+            except Exception:
+                LOG.exception("what was to be done after an append has failed")
 
 
 def _hand_over(
@@ -110,6 +137,8 @@ def _acknowledge(on_ack: OnAck) -> _Delivered:
     def delivered(error: KafkaError | None, message: Message) -> None:
         if error is None:
             on_ack(message.offset() or 0, None)
+        elif error.code() in _UNCERTAIN:
+            on_ack(-1, Unreachable(f"not acknowledged by {message.topic()}: {error.str()}{_MAY_ARRIVE}"))
         else:
             on_ack(-1, InfrastructureError(f"not appended to {message.topic()}: {error.str()}"))
 
@@ -121,7 +150,7 @@ class KafkaProducer:
 
     It is replaced when it is good for nothing any more: when it has failed for good, as after a broker has lost what it
     had acknowledged; and when it stands still although the partition's leader answers, as now and then after a broker
-    was away. Who waits for records of the old one is told that they have failed; they may be in the log.
+    was away. Who waits for records of the old one is told so, `Unreachable`: they may be in the log.
     """
 
     def __init__(self, log: Connection) -> None:
@@ -129,7 +158,7 @@ class KafkaProducer:
         self._changing = threading.Lock()
         self._producer, self._landing = self._create(), _Landing()
         self._looking = threading.Event()
-        self._grace_s = _GRACE_S
+        self._graces: dict[Where, float] = {}
         self._open = True
         self._thread = threading.Thread(target=self._serve, name="kafka-acks", daemon=True)
         self._thread.start()
@@ -138,34 +167,30 @@ class KafkaProducer:
         self, topic: str, partition: int, key: bytes | None, value: bytes | None, on_ack: OnAck | None = None
     ) -> None:
         check_size(topic, key, value)
-        with self._changing:
-            producer, landing = self._producer, self._landing
+        producer = self._producer
         try:
-            self._append(producer, landing, topic, partition, key, value, on_ack)
+            self._append(topic, partition, key, value, on_ack)
         except OutcomeUnknown as error:
             cause = error.__cause__
             if not isinstance(cause, KafkaException) or cause.args[0].code() != KafkaError._FATAL:
                 raise
             self._replace(producer, str(error))  # it has failed for good before, and has taken nothing
-            self._append(self._producer, self._landing, topic, partition, key, value, on_ack)
+            self._append(topic, partition, key, value, on_ack)
 
-    def _append(
-        self, producer: Producer, landing: _Landing, topic: str, partition: int,
-        key: bytes | None, value: bytes | None, on_ack: OnAck | None,
-    ) -> None:  # fmt: skip
-        where = topic, partition
-        told = None if on_ack is None else _acknowledge(on_ack)
+    def _append(self, topic: str, partition: int, key: bytes | None, value: bytes | None, on_ack: OnAck | None) -> None:
+        with self._changing:  # whoever replaces this producer waits for what was handed to it
+            producer, landing = self._producer, self._landing
+            number = landing.handed((topic, partition), on_ack)
 
         def delivered(error: KafkaError | None, message: Message) -> None:
-            landing.heard(where, landed=error is None)
+            told = landing.heard(number, landed=error is None)
             if told is not None:
-                told(error, message)
+                _acknowledge(told)(error, message)
 
-        landing.handed(where)
         try:
             _hand_over(producer, self._log.prefix + topic, partition, key, value, delivered)
         except BaseException:
-            landing.heard(where, landed=False)
+            landing.heard(number)
             raise
 
     def flush(self, timeout_s: float) -> bool:
@@ -183,45 +208,69 @@ class KafkaProducer:
 
     def _serve(self) -> None:
         while self._open:
-            producer = self._producer
             try:
-                _plainly(lambda p=producer: p.poll(0.2))  # type: ignore[misc]
-            except KafkaException as error:
-                self._replace(producer, error.args[0].str())
-            except Exception:  # who was told may have a defect; the others wait for their acknowledgements
+                self._turn()
+            except Exception:  # of who is told, or of a machine without threads: the others are still to be told
+                self._looking.clear()
                 LOG.exception("what was to be done after an append has failed")
-            late = self._landing.late()
-            if late is not None and not self._looking.is_set():
-                self._looking.set()
-                look = (producer, self._landing, *late)
-                threading.Thread(target=self._look, args=look, name="kafka-stall", daemon=True).start()
 
-    def _look(self, producer: Producer, landing: _Landing, where: Where, since: float) -> None:
-        """Whether it is the producer alone that stands still: the leader answers, and yet nothing is heard of."""
+    def _turn(self) -> None:
+        producer, landing = self._producer, self._landing
         try:
-            self._log.offsets(where[0], max(0, where[1]))
-            # It has to find its way back by itself. If another one did no better, the leader has its reasons.
-            self._grace_s = _GRACE_S if landing.any else min(2 * self._grace_s, _GRACE_MOST_S)
-            time.sleep(self._grace_s)
-            if landing.late() == (where, since) and self._open:
-                self._replace(producer, f"nothing was heard of {where[0]}/{where[1]} although its leader answers")
-        except (InfrastructureError, KafkaException) as error:
-            LOG.debug("%s/%d cannot be appended to: %s", *where, error)  # the broker is away: nothing to be done
+            _plainly(lambda: producer.poll(0.2))
+        except KafkaException as error:
+            self._replace(producer, error.args[0].str())
+        if landing.late() and not self._looking.is_set():
+            self._looking.set()
+            threading.Thread(target=self._look, args=(producer, landing), name="kafka-stall", daemon=True).start()
+
+    def _look(self, producer: Producer, landing: _Landing) -> None:
+        """Whether it is the producer alone that stands still: a leader answers, and yet nothing is heard of."""
+        try:
+            for where, since in landing.late():
+                if self._answers(where):
+                    # It has to find its way back by itself. If the last one did no better, the leader has reasons.
+                    patience = min(2 * self._graces.get(where, _GRACE_S / 2), _GRACE_MOST_S)
+                    self._graces[where] = _GRACE_S if where in landing.landed else patience
+                    time.sleep(self._graces[where])
+                    if (where, since) in landing.late() and self._open:
+                        self._replace(producer, f"nothing was heard of {where[0]}/{where[1]}, whose leader answers")
+                    return
         finally:
             self._looking.clear()
 
+    def _answers(self, where: Where) -> bool:
+        try:
+            self._log.offsets(where[0], max(0, where[1]))
+        except (InfrastructureError, KafkaException) as error:
+            LOG.debug("%s/%d cannot be appended to: %s", *where, error)
+            return False
+        return True
+
     def _replace(self, old: Producer, why: str) -> None:
-        """Go on with a new producer, unless another thread has done so. Blocks for up to 5 s."""
+        """Go on with a new producer, unless another thread has done so."""
         with self._changing:
             if self._producer is not old:
                 return
             LOG.warning("a producer is replaced: %s", why)
+            landing = self._landing
             self._producer, self._landing = self._create(), _Landing()
-        old.purge()
-        deadline = time.monotonic() + _END_S
-        while len(old) and time.monotonic() < deadline:
-            with suppress(KafkaException):
-                _plainly(lambda: old.poll(0.1))
+        # On a thread of its own: the one that finds out may be in the middle of an acknowledgement of the old one.
+        threading.Thread(target=_drain, args=(old, landing), name="kafka-drain", daemon=True).start()
+
+
+def _drain(old: Producer, landing: _Landing) -> None:
+    """Have everybody told who waits for a producer that is good for nothing any more, each of them once."""
+    deadline = time.monotonic() + _DRAIN_S
+    while len(landing) and time.monotonic() < deadline:
+        try:
+            old.purge()  # again: somebody may just have handed it a record
+            _plainly(lambda: old.poll(0.1))
+        except KafkaException as error:
+            LOG.debug("a producer that is replaced: %s", error)
+        except Exception:
+            LOG.exception("what was to be done after an append has failed")
+    landing.give_up()
 
 
 class _Bounded:

@@ -49,14 +49,15 @@ def fold_partition(log: Log, partition: int, store: Store, say: Say = lambda _: 
     store.apply({key: codec.encode(row) for key, row in _sessions_over(store)})
     where = (topics.COMMANDS.name, partition)
     committed = log.committed(topics.ENGINE_GROUP, [where])[where]
-    if committed is not None and committed > last.offset:
+    last = Position(offset=max(last.offset, committed or 0), at=last.at)
+    if last.offset:
         reader = log.reader(committed=False)
         try:
-            at = time_of(reader, topics.COMMANDS.name, partition, committed - 1)
+            # Not only an input that had events: an engine compares, to see that the log is the one it has executed.
+            at = time_of(reader, topics.COMMANDS.name, partition, last.offset - 1)
         finally:
             reader.close()
-        last = Position(offset=committed, at=max(last.at, at or 0))
-    if last.offset:
+        last = Position(offset=last.offset, at=max(last.at, at or 0))
         store.apply({tables.POSITION: codec.encode(last)})
     return count
 

@@ -195,7 +195,7 @@ class Shard:
         # Only to compare with, where the state says it: a broker that has restarted may hold offsets as pending for
         # ever although their transaction has ended in the log. What the group is told next puts that right.
         wanted = [(topic, self.partition) for topic in self.kind.inputs]
-        group = self._member.committed(wanted, settled=not self.kind.positions_in_changelog)
+        group = self._member.committed(wanted, settled=self.kind.plain_changelog)
         positions: dict[str, int | None] = {}
         reader = self._log.reader(committed=False)
         try:

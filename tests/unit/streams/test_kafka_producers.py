@@ -73,10 +73,10 @@ class Broken:
         self.waiting.append(on_delivery)
 
     def purge(self) -> None:
-        self.broken, self.purged = False, True
+        self.broken, self.purged = self.how == "gives nothing back", True
 
     def poll(self, timeout_s: float) -> int:
-        if self.broken and self.how == "stands still":
+        if self.broken and self.how in ("stands still", "gives nothing back"):
             time.sleep(min(timeout_s, 0.01))
             return 0
         if self.broken and self.waiting and self.how == "fails":
@@ -114,6 +114,7 @@ def broken(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kafka_producers, "Producer", Broken)
     monkeypatch.setattr(kafka_producers, "_LATE_S", 0.05)
     monkeypatch.setattr(kafka_producers, "_GRACE_S", 0.05)
+    monkeypatch.setattr(kafka_producers, "_DRAIN_S", 0.2)
 
 
 def appended(producer: KafkaProducer) -> SimpleQueue[Heard]:
@@ -123,7 +124,7 @@ def appended(producer: KafkaProducer) -> SimpleQueue[Heard]:
 
 
 @pytest.mark.usefixtures("broken")
-@pytest.mark.parametrize("how", ["fails", "stands still"])
+@pytest.mark.parametrize("how", ["fails", "stands still", "gives nothing back"])
 def test_a_producer_that_is_good_for_nothing_is_replaced(monkeypatch: pytest.MonkeyPatch, how: str) -> None:
     monkeypatch.setattr(Broken, "how", how)
     producer = KafkaProducer(Cluster(answers=True))
@@ -143,6 +144,27 @@ def test_one_that_waits_for_a_broker_that_is_away_is_kept(monkeypatch: pytest.Mo
     assert (len(made), heard.empty()) == (1, True)
     made[0].broken = False
     assert heard.get(timeout=60) == (7, False)
+    producer.close()
+
+
+@pytest.mark.usefixtures("broken")
+@pytest.mark.parametrize("how", ["fails", "stands still"])
+def test_who_is_told_that_nobody_knows_may_append_at_once(monkeypatch: pytest.MonkeyPatch, how: str) -> None:
+    """As workers do: the next batch of reports goes out when the one before was heard of."""
+    monkeypatch.setattr(Broken, "how", how)
+    producer = KafkaProducer(Cluster(answers=True))
+    heard: SimpleQueue[SimpleQueue[Heard]] = SimpleQueue()
+    told: list[Exception | None] = []
+
+    def again(_: int, error: Exception | None) -> None:
+        told.append(error)
+        heard.put(appended(producer))
+
+    producer.append("task-commands", 0, None, b"", again)
+    assert heard.get(timeout=60).get(timeout=60) == (7, False)
+    (error,) = told
+    assert isinstance(error, errors.Unreachable)
+    assert "only with the same id or key" in str(error)
     producer.close()
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
 from perdure.schemas import codec, commands, events, ids, limits
 from perdure.schemas.codec import encode
+from perdure.schemas.errors import InfrastructureError
 from perdure.schemas.signing import signed
 from perdure.streams import tables
 from perdure.streams.config_view import ConfigView
@@ -442,3 +443,25 @@ def test_only_who_has_read_config_says_what_was_deleted_from_it(behind: bool) ->
     Duties(world.of_engine(0), KEYS, world.log.producer(), view)
     said = [world.decode(r) for p in range(2) for r in world.log.records("task-commands", p)[len(before[p]) :]]
     assert [(r.name, r.content) for r in said] == ([] if behind else [("type/young", None)])
+
+
+def test_a_deletion_that_could_not_be_handed_over_is_offered_again() -> None:
+    world = World()
+    world.configure_type("young")
+    world.advance(SECOND)
+    view = ConfigView(world.log)
+    view.refresh()
+    del view.names["type/young"]
+    said: list[Any] = []
+
+    class Refusing:
+        def append(self, topic: str, partition: int, key: Any, value: bytes, on_ack: Any = None) -> None:
+            message = codec.decode(value)
+            if isinstance(message, commands.ApplyConfig):
+                said.append(message.name)
+                on_ack(-1, InfrastructureError("not appended") if len(said) == 1 else None)
+
+    duties = Duties(world.of_engine(0), KEYS, cast("Any", Refusing()), view)
+    for _ in range(3):
+        duties.perform(world.now)
+    assert said == ["type/young"] * 2
