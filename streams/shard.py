@@ -109,7 +109,7 @@ class Shard:
         self.reached: dict[TopicPartition, int] = {}
         """Input -> up to where it is executed, by what the state says and what was committed here since."""
         self._said: dict[str, int] = {}
-        """Of a kind without a changelog: input -> up to where others have written what it brings about, and more."""
+        """Of a kind without a changelog: input -> up to where what it brings about was written, here or elsewhere."""
         self._marks = crash_marks
         self._producer: Transactional = log.transactional(transactional_id)
         self._changelog_next: int | None = None
