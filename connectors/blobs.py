@@ -6,7 +6,6 @@ Two names that differ in case alone are one where a directory's file system take
 
 from __future__ import annotations
 
-import errno
 import os
 import re
 import time
@@ -176,12 +175,7 @@ def _told(what: str) -> Iterator[None]:
     except FileNotFoundError as error:
         raise NotFound(f"{what}: it is missing; is the store shared by all hosts?") from error
     except OSError as error:
-        kind = ConfigurationError if isinstance(error, PermissionError) or error.errno in _WRONG else Unreachable
-        raise kind(f"{what}: {error.strerror or error}") from error
-
-
-_WRONG = (errno.EEXIST, errno.ELOOP, errno.ENOTDIR, errno.EISDIR, errno.EROFS, errno.ENAMETOOLONG)
-"""Not what a store makes: somebody has put another thing in its place."""
+        raise durable_files.kind_of(error)(f"{what}: {error.strerror or error}") from error
 
 
 class MemoryBlobs:

@@ -52,7 +52,10 @@ class CheckpointStore(Protocol):
         """
 
     def load(self, uri: str, sha256: str) -> bytes:
-        """The bytes saved under `uri`. Raises `NotFound`, or `InfrastructureError` if they have another digest."""
+        """The bytes saved under `uri`.
+
+        Raises `Unreachable` where trying again may help, `NotFound`, or `InfrastructureError` for another digest.
+        """
 
     def list(self, task_id: str) -> list[Kept]:
         """What the store holds of a task, oldest version first."""
@@ -147,7 +150,7 @@ class LocalCheckpoints:
         except FileNotFoundError as error:
             raise NotFound(f"the checkpoint {path} is missing; was it saved on another machine, or deleted?") from error
         except OSError as error:
-            raise InfrastructureError(f"the checkpoint {path} cannot be read: {error}") from error
+            raise durable_files.kind_of(error)(f"the checkpoint {path} cannot be read: {error}") from error
         found = hashlib.sha256(data).hexdigest()
         if found != sha256:
             raise InfrastructureError(

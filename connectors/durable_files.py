@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import tempfile
 from pathlib import Path
 
+from perdure.schemas.errors import ConfigurationError, InfrastructureError, Unreachable
+
 DRAFT = ".draft-"
+_WRONG = frozenset({
+    errno.EACCES, errno.EPERM, errno.EEXIST, errno.ELOOP, errno.ENOTDIR, errno.EISDIR, errno.EROFS, errno.ENAMETOOLONG,
+})  # fmt: skip
+"""Not what a store makes: somebody has put another thing in its place, or has closed it."""
+
+
+def kind_of(error: OSError) -> type[InfrastructureError]:
+    """What an `OSError` means to who needs the file: that somebody has to put something right, or that it may pass."""
+    return ConfigurationError if error.errno in _WRONG else Unreachable
 
 
 def write(path: Path, data: bytes, draft: str = DRAFT) -> None:

@@ -163,7 +163,7 @@ class Attempt:
             raise ConfigurationError(f"there is no checkpoint store {self.grant.policy.checkpoint_storage!r} here; "
                                      f"this worker has: {checkpoints.LOCAL}")  # fmt: skip
         if self.grant.checkpoint is not None:
-            self._restore((yield Call(self._checkpoints.load, (self.grant.checkpoint,), blocking=True)))
+            self._restore((yield from self._carriage.patiently(self._checkpoints.load, self.grant.checkpoint)))
         # The first page comes unasked. It is read before user code may keep us from reading for hours.
         if not self._recorded.complete:
             yield functools.partial(self._recorded.went_on, "")

@@ -44,7 +44,7 @@ class Carriage:
         """What a report carries for the text."""
         if len(text) <= limits.VALUE_MAX:
             return text
-        found: bytes = yield from self._patiently(self._large.carried, text)
+        found: bytes = yield from self.patiently(self._large.carried, self._task_id, text)
         return found
 
     def value(self, carried: bytes) -> Flow[Any]:
@@ -52,18 +52,19 @@ class Carriage:
         if not references.is_reference(carried):
             return values.loads(carried)
         try:
-            return (yield from self._patiently(self._fetched, carried))
+            return (yield from self.patiently(self._fetched, self._task_id, carried))
         except (ValueLost, DecodeError) as error:
             raise self._final(error) from None
 
     def _fetched(self, task_id: str, carried: bytes) -> Any:
         return values.loads(self._large.fetched(task_id, carried))
 
-    def _patiently(self, fn: Callable[[str, bytes], Any], value: bytes) -> Flow[Any]:
+    def patiently(self, fn: Callable[..., Any], *args: object) -> Flow[Any]:
+        """What `fn` returns, which asks a store: again, for as long as that is `Unreachable`."""
         pause_s = FIRST_PAUSE_S
         while True:
             try:
-                return (yield Call(fn, (self._task_id, value), blocking=True))
+                return (yield Call(fn, args, blocking=True))
             except Unreachable as error:
                 self._log.warning("%s; next try in %g s", error, pause_s)
             yield Call(time.sleep, (pause_s,), blocking=True)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import datetime as dt
+import errno
 import json
+import os
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -12,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from perdure import channel
+from perdure import carriage, channel
 from perdure.checkpoint import interval_ms
 from perdure.connectors import checkpoints
 from perdure.context import Context
@@ -416,6 +418,43 @@ def test_a_store_that_takes_no_more_costs_no_attempt(left: int, tmp_path: Path, 
     assert isinstance(engine.run().last, channel.Completed)
     assert (engine.checkpoint.version if engine.checkpoint else 0) == min(left, 10)
     assert ("No space left" in caplog.text) == (left < 10)
+
+
+@pytest.mark.parametrize(("number", "waits"), [(errno.EIO, True), (errno.ESTALE, True), (errno.EACCES, False)])
+def test_a_store_that_cannot_be_read_for_a_while_costs_no_attempt(
+    number: int, waits: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As when a file system is away. Who has closed it has to open it again."""
+    begun: list[int] = []
+
+    def job(ctx: Context) -> int:
+        begun.append(ctx.state.get("n", 0))
+        ctx.state["n"] = 7
+        ctx.checkpoint()
+        if len(begun) == 1:
+            raise ValueError("once")
+        return begun[-1]
+
+    monkeypatch.setattr(carriage, "FIRST_PAUSE_S", 0.0)
+    engine = engine_for(job)
+    engine.store = checkpoints.LocalCheckpoints(tmp_path)
+    engine.run()
+    read, away = Path.read_bytes, [2]
+
+    def reading(path: Path) -> bytes:
+        if away[0]:
+            away[0] -= 1
+            raise OSError(number, os.strerror(number), str(path))
+        return read(path)
+
+    monkeypatch.setattr(Path, "read_bytes", reading)
+    ended = engine.run().last
+    if waits:
+        assert isinstance(ended, channel.Completed)
+        assert begun == [0, 7]
+    else:
+        assert isinstance(ended, channel.Failed)
+        assert "Permission denied" in ended.message
 
 
 def test_a_checkpoint_that_was_asked_for_fails_where_the_store_does(tmp_path: Path) -> None:
