@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 _RENEW_S = 20.0
 _GRACE_S = limits.VERDICT_MS / 1000
 _POLL_S = 0.5
+_SILENCE_S = 120.0
+"""So long may an engine that has answered say nothing more: the longest of its recoveries."""
 _BATCH = 500
 _ENDS = frozenset({"TaskCompleted", "TaskFailed", "TaskTimedOut", "TaskCancelled"})
 _KEEP_INPUT = object()
@@ -76,18 +78,29 @@ class Handle:
         return self._status_in(self._client.ask(DescribeTask(**self._client.head(), task_id=self.id)))
 
     def wait(self, timeout: Duration | None = None) -> Status:
-        """Wait for the end and return the final status. Raises `WaitTimeout`, and what `status` raises."""
+        """Wait for the end and return the final status. Raises `WaitTimeout`, and what `status` raises.
+
+        Once the engine has answered, its silence is waited out, for engines and brokers are restarted: until the end of
+        `timeout`, or without one for two minutes. Then it is `Unreachable`.
+        """
         deadline = (
             None
             if timeout is None
             else time.monotonic() + json_commands.to_ms(timeout, "timeout", positive=False) / 1000
         )
         status = self.status()
+        patience = time.monotonic() + _SILENCE_S
         while not status.ended:
             left = _RENEW_S if deadline is None else deadline - time.monotonic()
             if left <= 0:
                 raise WaitTimeout(f"task {self.id} is {status.state} still; it goes on, wait for it again")
-            status = self._await(min(left, _RENEW_S), left) or self.status()
+            try:
+                status = self._await(min(left, _RENEW_S), left) or self.status()
+                patience = time.monotonic() + _SILENCE_S
+            except Unreachable:
+                if time.monotonic() >= (patience if deadline is None else deadline):
+                    raise
+                time.sleep(_POLL_S)
         return status
 
     def result(self, timeout: Duration | None = None) -> Any:

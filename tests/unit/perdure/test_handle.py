@@ -183,6 +183,34 @@ def test_waiting_for_a_silent_engine_is_unreachable(
         client.get("etl/1").wait(timeout=60)
 
 
+@pytest.mark.parametrize("timeout", [None, 60])
+def test_a_wait_outlives_an_engine_that_is_away(
+    log: MemoryLog, client: Client, monkeypatch: pytest.MonkeyPatch, timeout: float | None
+) -> None:
+    monkeypatch.setattr(client_module, "_VERDICT_S", 1.0)
+    said = iter([(True, {"body": status()}), None, None, None])
+    last = (True, {"body": status(state="COMPLETED")})
+    for name in ("_RENEW_S", "_GRACE_S", "_POLL_S"):
+        monkeypatch.setattr(handle_module, name, 0.02)
+    with running(log, lambda *_: next(said, last)) as engine:
+        assert client.get("etl/1").wait(timeout).state == "COMPLETED"
+    assert [type(c).__name__ for _, c in engine.seen][:4] == ["DescribeTask", "AwaitTask", "DescribeTask", "AwaitTask"]
+
+
+@pytest.mark.parametrize("timeout", [None, 2.5])
+def test_a_wait_for_an_engine_that_does_not_come_back_is_unreachable(
+    log: MemoryLog, client: Client, monkeypatch: pytest.MonkeyPatch, timeout: float | None
+) -> None:
+    monkeypatch.setattr(client_module, "_VERDICT_S", 1.0)
+    monkeypatch.setattr(handle_module, "_SILENCE_S", 2.5)
+    for name in ("_RENEW_S", "_GRACE_S", "_POLL_S"):
+        monkeypatch.setattr(handle_module, name, 0.02)
+    said = iter([(True, {"body": status()})])
+    with running(log, lambda *_: next(said, None)) as engine, pytest.raises(Unreachable):
+        client.get("etl/1").wait(timeout)
+    assert len(engine.seen) > 4, "it has asked again"
+
+
 ERROR = {"type": "builtins.ValueError", "message": "bad row", "error_types": [], "traceback": "..."}
 OUTCOMES: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"state": "FAILED", "error": ERROR}, TaskFailed, "bad row"),
