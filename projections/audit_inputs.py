@@ -241,7 +241,7 @@ def _refusals(given: Input) -> Iterator[Fault]:
     refused = [e for e in given.events if e.name in ("CommandRejected", "ReportRejected")]
     if len(places) > 1:
         yield "one-refusal", f"it is in quarantine {len(places)} times"
-    elif places and refused:
+    elif places and refused and places[0] not in _AFTERWARDS:
         yield "one-refusal", f"it is in quarantine ({places[0]}), and refused by {refused[0].name} as well"
     elif places and places[0] not in _AFTERWARDS:
         for e in given.events:

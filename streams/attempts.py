@@ -64,6 +64,16 @@ def entry(s: State, m: Moment, session: str, e: ReportEntry, token_holds: bool) 
             return
 
 
+def untaken(s: State, m: Moment, session: str, e: ReportEntry, token_holds: bool) -> Outputs:
+    """The engine has a defect with these reports. The attempt ends as if its process had died: its last word may be
+    among them, and after five times in a row somebody has to look.
+    """
+    if _fault(s.task(e.task_id), session, e, token_holds) is None:
+        why = "a report of it could not be taken in"
+        yield ToWorker(inbox.RevokeAttempt(worker_id="", session=session, task_id=e.task_id, epoch=e.epoch, why=why))
+        yield from task_lifecycle.lost(s, m, e.task_id, "crashed", why)
+
+
 def _fault(t: TaskState | None, session: str, e: ReportEntry, token_holds: bool) -> str | None:
     if not token_holds:
         return "token"

@@ -15,7 +15,17 @@ from perdure.schemas.inbox import CommandReply
 from perdure.schemas.json_commands import check
 from perdure.schemas.reports import ReportBatch
 from perdure.streams import attempts, describe, leases, policies, routing, submit, tables, task_lifecycle, timers
-from perdure.streams.decision import Acknowledge, Moment, Note, Outputs, Quarantine, Reply, of_partition, of_task
+from perdure.streams.decision import (
+    Acknowledge,
+    Moment,
+    Note,
+    Outputs,
+    Part,
+    Quarantine,
+    Reply,
+    of_partition,
+    of_task,
+)
 from perdure.streams.state import State
 from perdure.streams.task_lifecycle import ENDED, Refused
 
@@ -74,7 +84,8 @@ def _batch(s: State, m: Moment, batch: ReportBatch, given: Input) -> Outputs:
         yield leases.rejected(s, m, "stale_session", "ReportBatch", batch.session)
         return
     for entry, token_holds in zip(batch.entries, given.tokens, strict=True):
-        yield from attempts.entry(s, m, batch.session, entry, token_holds)
+        said = (s, m, batch.session, entry, token_holds)
+        yield Part(entry.task_id, attempts.entry(*said), otherwise=attempts.untaken(*said))
 
 
 def _session(s: State, m: Moment, record: commands.SessionRecord, given: Input) -> Outputs:

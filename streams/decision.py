@@ -15,7 +15,7 @@ from perdure.schemas.common import Cause
 from perdure.schemas.events import Event, ProgressReported
 from perdure.schemas.inbox import CommandReply, InboxRecord
 from perdure.schemas.rows import Row
-from perdure.streams.state import State
+from perdure.streams.state import Key, State
 
 BUILD = "0.1.0"
 FEATURE_LEVEL = 1
@@ -94,7 +94,23 @@ class Quarantine:
 
 
 Effect = Reply | ToWorker | Telemetry | Acknowledge | Quarantine
-Output = Event | Note | Effect
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """What a decision does for one of many: it happens whole, or not at all if it raises, and the others go on."""
+
+    of: str
+    """What it is done for, in words: a task, a session, a cursor."""
+    work: Outputs
+    """Not begun yet."""
+    row: Key | None = None
+    """The row that makes it due; it is left out for a while after a failure. None: nothing would try it again."""
+    otherwise: Outputs | None = None
+    """What is done in place of work that has raised. Not begun yet."""
+
+
+Output = Event | Note | Effect | Part
 Outputs = Iterator[Output]
 
 

@@ -32,6 +32,7 @@ from perdure.streams.decision import (
     Note,
     Output,
     Outputs,
+    Part,
     Quarantine,
     Reply,
     Telemetry,
@@ -45,6 +46,8 @@ from perdure.streams.state import State
 from perdure.streams.store import Store
 
 GRANTS_AT_ONCE = 100
+_TOLD = 8
+"""Failures of one record that are told in full."""
 _ADDRESS = re.compile(" at 0x[0-9a-f]+")
 _SIGNED_BY_WORKER = (ReportBatch, commands.WorkerStarted, commands.WorkerBeat, commands.WorkerStopping)
 _SIGNED_BY_ENGINE = (commands.ApplyConfig, commands.Forwarded, commands.ForwardedAck)
@@ -60,6 +63,7 @@ class Engine:
         self._after: list[Acknowledge] = []
         self._careful = False
         self._ticking = False
+        self._failed: list[tuple[str | None, str, str]] = []
         self.failing = False
         """Whether the last tick or grant was set aside for what no single row is to blame for: it is all still due."""
         self._refuse_newer()
@@ -75,33 +79,37 @@ class Engine:
 
     def execute(self, record: Record, *, careful: bool = False) -> None:
         """Execute one record. Never raises for what the record holds or brings about."""
-        self._careful, self._ticking = careful, False
-        ran = self._attempt(record, lambda: self._run(record, self._read(record)))
-        if ran and self._attempt(record, lambda: self._grant(record)):
-            self.failing = self.failing and not self._ticking
-            return
-        self.state.grantable = True
-        left_out = self.state.put_off(self._moment(record).now)
-        if ran or self._ticking:
-            self.failing = not left_out
-
-    def _attempt(self, record: Record, work: Callable[[], None]) -> bool:
-        """Do a part of the work on a record whole, or leave nothing of it behind but its quarantine."""
         s = self.state
+        self._careful, self._ticking, self._failed = careful, False, []
         s.mark()
-        kept_out, kept_after = len(self._out), len(self._after)
+        ran = self._attempt(None, lambda: self._run(record, self._read(record)))
+        if not ran:
+            s.look_for_timers()
+            self._pass_over(record)
+        s.mark()
+        granted = ran and self._attempt(None, lambda: self._grant(record))
+        if not granted:
+            s.grantable = True
+        if ran or self._ticking:
+            self.failing = not granted or (self.failing and not self._ticking)
+        if self._failed:
+            self._quarantine(record, *_told(self._failed))
+
+    def _attempt(self, part: str | None, work: Callable[[], object]) -> bool:
+        """Do a part of the work on a record whole, or leave nothing of it behind but the cause. None: all of it."""
+        s = self.state
+        begun, kept_out, kept_after = s.changes, len(self._out), len(self._after)
         try:
             work()
             if self._careful:
-                s.check_rows()
+                s.check_rows(begun)
             return True
         except (InfrastructureError, MemoryError):
             raise  # of the store or the machine: no record is to blame, and none may be passed over
         except Exception as error:  # noqa: BLE001 - whatever a record brings about, the next ones are executed
-            s.undo()
+            s.undo(begun)
             del self._out[kept_out:], self._after[kept_after:]
-            s.mark()
-            self._set_aside(record, *_cause_of(error))
+            self._failed.append((part, *_cause_of(error)))
             return False
 
     def set_aside_unread(self, record: Record, detail: str) -> None:
@@ -204,6 +212,8 @@ class Engine:
         match output:
             case Note():
                 self.state.put(output.scope, output.suffix, output.row)
+            case Part():
+                self._take_part(record, output)
             case ToWorker():
                 self._to_worker(output)
             case Telemetry():
@@ -213,9 +223,18 @@ class Engine:
             case Acknowledge():
                 self._after.append(output)
             case Quarantine():
-                self._quarantine(record, output.cause, output.detail)
+                self._failed.append((None, output.cause, output.detail))
             case _:
                 raise TypeError(f"nothing is known to do with a {type(output).__name__}")
+
+    def _take_part(self, record: Record, part: Part) -> None:
+        if self._attempt(part.of, lambda: self._take(record, part.work)):
+            return
+        if part.row is not None:
+            self.state.put_off(part.row, self._moment(record).now)
+        instead = part.otherwise
+        if instead is not None:
+            self._attempt(part.of, lambda: self._take(record, instead))
 
     def _to_worker(self, output: ToWorker) -> None:
         message = output.record
@@ -232,10 +251,9 @@ class Engine:
 
     # Setting aside ---------------------------------------------------------------------------------------------------
 
-    def _set_aside(self, record: Record, cause: str, detail: str) -> None:
-        """Quarantine a record; one that was forwarded counts as taken, or its source would send it for ever."""
+    def _pass_over(self, record: Record) -> None:
+        """Do without a record; one that was forwarded counts as taken, or its source would send it for ever."""
         self._pass(record)
-        self._quarantine(record, cause, detail)
         given = self._forwarded(record)
         if given is not None and routing.is_next(self.state, given):
             self._take(record, routing.taken(self.state, self._moment(record), given))
@@ -251,7 +269,6 @@ class Engine:
 
     def _quarantine(self, record: Record, cause: str, detail: str, *, keep: bool = True) -> None:
         data = record.value or b""
-        detail = _ADDRESS.sub("", detail)  # of an object in this process: a replay has to say the same
         self._emit(
             topics.QUARANTINE.name,
             None,
@@ -300,6 +317,20 @@ class Engine:
     def next_tick(self) -> int | None:
         """Log time at which a tick has something to do; None: never, as things stand."""
         return timers.AT_ONCE if self.state.grantable else timers.next_tick(self.state)
+
+
+def _told(failed: list[tuple[str | None, str, str]]) -> tuple[str, str]:
+    """(cause, detail) of all that failed of one record, which is set aside once; what stopped the whole comes first."""
+    first = sorted(failed, key=lambda f: f[0] is not None)[:_TOLD]
+    room = limits.TRACEBACK_MAX // len(first) - limits.TEXT_MAX
+    texts = []
+    for of, _, detail in first:
+        detail = _ADDRESS.sub("", detail)[-room:]  # of an object in this process: a replay has to say the same
+        texts.append(detail if of is None else f"{of}: {detail}")
+    if len(failed) > _TOLD:
+        texts.append(f"and {len(failed) - _TOLD} more")
+    causes = [cause for _, cause, _ in failed]
+    return "defect" if "defect" in causes else causes[0], "\n".join(texts)
 
 
 def _cause_of(error: Exception) -> tuple[str, str]:

@@ -14,7 +14,7 @@ from perdure.schemas.codec import replace
 from perdure.schemas.commands import WorkerBeat, WorkerStarted, WorkerStopping
 from perdure.schemas.rows import Mark, Session
 from perdure.streams import tables, task_lifecycle
-from perdure.streams.decision import Moment, Note, Outputs, ToWorker, of_partition, of_task
+from perdure.streams.decision import Moment, Note, Outputs, Part, ToWorker, of_partition, of_task
 from perdure.streams.state import State
 
 ENDING = b"ending/"
@@ -69,10 +69,10 @@ def beat(s: State, m: Moment, record: WorkerBeat) -> Outputs:
         telling_since=m.now if gap else session.telling_since,
     ))  # fmt: skip
     if seen < session.grants:
-        start = tables.number(seen + 1)
-        for _, lease in list(islice(s.scan(tables.leases(record.session), start=start), limits.CHUNK)):
+        scope = tables.leases(record.session)
+        for grant, lease in list(islice(s.workable(scope, start=tables.number(seen + 1)), limits.CHUNK)):
             if lease.by < session.readable:
-                yield from task_lifecycle.lost(s, m, lease.task_id, "unseen")
+                yield Part(lease.task_id, task_lifecycle.lost(s, m, lease.task_id, "unseen"), (scope, grant))
 
 
 def tell(s: State, m: Moment, executed: int) -> Outputs:
@@ -102,13 +102,17 @@ def drain(s: State, m: Moment, session_id: str, after: bytes) -> Outputs:
     cursor = DRAINING + session_id.encode()
     leases = list(islice(s.scan(tables.leases(session_id), start=after), limits.CHUNK + 1))
     for _, lease in leases[: limits.CHUNK]:
-        if s.known(lease.task_id).stopping == "none":
-            yield events.DrainRequested(**of_task(s, m.following(), lease.task_id))
+        yield Part(lease.task_id, _drain(s, m.following(), lease.task_id))
     rest = leases[limits.CHUNK :]
     if rest:
         yield Note(tables.MARKS, cursor, Mark(value=int.from_bytes(rest[0][0], "big")))
     elif s.get(tables.MARKS, cursor) is not None:
         yield Note(tables.MARKS, cursor, None)
+
+
+def _drain(s: State, m: Moment, task_id: str) -> Outputs:
+    if s.known(task_id).stopping == "none":
+        yield events.DrainRequested(**of_task(s, m, task_id))
 
 
 def end(s: State, m: Moment, session: Session, why: str) -> Outputs:
@@ -121,16 +125,24 @@ def end(s: State, m: Moment, session: Session, why: str) -> Outputs:
 
 def end_leases(s: State, m: Moment, session_id: str, why: str) -> Outputs:
     """The next chunk of an ended session's leases; with the last one the session is forgotten."""
-    cursor = ENDING + session_id.encode()
-    leases = [lease for _, lease in islice(s.scan(tables.leases(session_id)), limits.CHUNK + 1)]
-    for lease in leases[: limits.CHUNK]:
-        yield from task_lifecycle.lost(s, m.following(), lease.task_id, why)
-    if len(leases) > limits.CHUNK:
+    cursor, scope = ENDING + session_id.encode(), tables.leases(session_id)
+    for grant, lease in list(islice(s.workable(scope), limits.CHUNK)):
+        yield Part(lease.task_id, task_lifecycle.lost(s, m.following(), lease.task_id, why), (scope, grant))
+    known = s.get(tables.MARKS, cursor) is not None
+    if next(s.suffixes(scope), None) is None:
+        if known:
+            yield Note(tables.MARKS, cursor, None)
+        yield Note(tables.SESSIONS, session_id.encode(), None)
+    elif not known:
         yield Note(tables.MARKS, cursor, Mark(text=why))
-        return
-    if s.get(tables.MARKS, cursor) is not None:
-        yield Note(tables.MARKS, cursor, None)
-    yield Note(tables.SESSIONS, session_id.encode(), None)
+
+
+def can_go_on(s: State, cursor: bytes) -> bool:
+    """Whether a cursor's next chunk would find work. A session's end may wait for leases that are left out for now."""
+    if not cursor.startswith(ENDING):
+        return True
+    scope = tables.leases(cursor.removeprefix(ENDING).decode())
+    return next(s.suffixes(scope), None) is None or next(s.workable(scope), None) is not None
 
 
 def restart(s: State, m: Moment) -> Outputs:
@@ -159,8 +171,8 @@ def examine(s: State, m: Moment) -> Outputs:
             state = "suspect" if session.state == "live" else session.state
             yield _note(replace(session, suspected=max(1, m.now), state=state))
         elif m.now >= session.suspected + limits.BEAT_MS:
-            with s.trying(tables.SESSIONS, session.session.encode()):
-                yield from end(s, m, session, "session_ended")
+            row = (tables.SESSIONS, session.session.encode())
+            yield Part(f"session {session.session}", end(s, m, session, "session_ended"), row)
             if s.touched - before > _ENDS_AT_ONCE:
                 return
 

@@ -30,6 +30,8 @@ from perdure.streams.store import MemoryStore
 _OF_SESSIONS = (commands.WorkerStarted, commands.WorkerBeat, commands.WorkerStopping)
 _SILENT_MS = limits.LEASE_MS + limits.BEAT_MS
 """So long after its last word a session is over, if nothing holds its engine up."""
+_IN_PART = frozenset({"defect", "too_large"})
+"""Causes for which an input may be in quarantine that has had its effect."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +117,8 @@ class Past:
     def _find_workers(self, point: Point) -> None:
         found: dict[str, Session] = {}
         strangers: dict[str, int] = {}
-        passed_over = self._refused | set_aside(self._log, self.partition).keys()
+        unheard = {offset for offset, cause in set_aside(self._log, self.partition).items() if cause not in _IN_PART}
+        passed_over = self._refused | unheard
         for record in records_of(self._log, topics.COMMANDS.name, self.partition, committed=False):
             if point.leaves_out_command(record):
                 break

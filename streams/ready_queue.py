@@ -12,7 +12,7 @@ from perdure.schemas import events, inbox, limits, references
 from perdure.schemas.common import ErrorInfo, StepRecord
 from perdure.schemas.rows import Session
 from perdure.streams import policies, tables, task_lifecycle
-from perdure.streams.decision import Moment, Outputs, ToWorker, of_task
+from perdure.streams.decision import Moment, Outputs, Part, ToWorker, of_task
 from perdure.streams.state import State
 
 _STEP_OVERHEAD = 64
@@ -26,8 +26,7 @@ def next_grant(s: State, m: Moment) -> Outputs:
         found = _candidate(s, session)
         if found is not None:
             place, task_id, scope = found
-            with s.trying(scope, place):
-                yield from _grant(s, m.following(), task_id, session)
+            yield Part(task_id, _grant(s, m.following(), task_id, session), (scope, place))
             return
 
 

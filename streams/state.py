@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
 from heapq import merge
 from itertools import groupby, islice
 from typing import Any, NamedTuple, TypeVar
@@ -24,6 +23,8 @@ R = TypeVar("R")
 KEPT_TASKS = 20_000
 KEPT_ROW_BYTES = 4_096
 """Bigger rows (inputs) are read again when they are needed."""
+_FAILURE = limits.DECISION_KEYS // 100
+"""What a part of a decision that raised counts in rows: so many of them are as much as one decision does."""
 _KEPT = frozenset({tables.STATE, tables.SPEC, tables.LIVE})
 """Rows of a task that each of its inputs asks for: kept from one transaction to the next."""
 
@@ -51,8 +52,8 @@ class State:
         self._passing: set[Key] = set()
         self._undo: list[tuple[bytes, bytes, Any, bool]] = []
         self._encoded: dict[bytes, bytes | None] = {}
-        self._at: Key | None = None
         self._put_off: dict[Key, int] = {}
+        self._in_vain = 0
         self._load()
 
     def _load(self) -> None:
@@ -107,6 +108,12 @@ class State:
         """(suffix, row) of a scope in order, from `start` on, as it is now; `prefix` narrows the suffixes."""
         for suffix, row in self._range(scope, start, prefix):
             yield suffix, codec.decode(row) if isinstance(row, bytes) else row
+
+    def workable(self, scope: bytes, start: bytes = b"", prefix: bytes = b"") -> Iterator[tuple[bytes, Any]]:
+        """As `scan`, without the rows that are left out for a while."""
+        for suffix, row in self._range(scope, start, prefix):
+            if (scope, suffix) not in self._put_off:
+                yield suffix, codec.decode(row) if isinstance(row, bytes) else row
 
     def suffixes(self, scope: bytes, start: bytes = b"", prefix: bytes = b"") -> Iterator[bytes]:
         """As `scan`, without the rows."""
@@ -212,8 +219,7 @@ class State:
         return first
 
     def _read_front(self, scope: bytes, start: bytes) -> ReadyFront:
-        places = ((p, row.task_id) for p, row in self.scan(scope, start=start) if not self.is_put_off(scope, p))
-        front = ReadyFront(places)
+        front = ReadyFront((place, row.task_id) for place, row in self.workable(scope, start=start))
         self._fronts[scope] = front
         return front
 
@@ -255,30 +261,20 @@ class State:
 
     # What was failed at ----------------------------------------------------------------------------------------------
 
-    @contextmanager
-    def trying(self, scope: bytes, suffix: bytes) -> Iterator[None]:
-        """Something is done for a row, by a tick or a grant. If that raises, this row is what was failed at."""
-        self._at = (scope, suffix)
-        yield
-        self._at = None
-
     def is_put_off(self, scope: bytes, suffix: bytes) -> bool:
         """Whether a row is left out for a while."""
         return (scope, suffix) in self._put_off
 
-    def put_off(self, now: int) -> bool:
-        """Leave out what was just failed at, for ten minutes; False if that was no row's fault.
+    def put_off(self, key: Key, now: int) -> None:
+        """Leave out a row whose part of a decision raised, for ten minutes.
 
         Only in memory, and until a transaction is aborted: a defect goes with the build, and another process tries at
         once.
         """
-        at, self._at = self._at, None
-        if at is None:
-            return False
-        self._put_off[at] = now + limits.PUT_OFF_MS
-        self._fronts.pop(at[0], None)
-        self.look_for_timers()
-        return True
+        self._put_off[key] = now + limits.PUT_OFF_MS
+        front = self._fronts.get(key[0])
+        if front is not None:
+            front.remove(key[1])
 
     def try_again(self, now: int) -> None:
         """What was put off until now is due like everything else."""
@@ -352,29 +348,35 @@ class State:
     def mark(self) -> None:
         """Everything before this point stands, whatever happens to the next record."""
         self._undo.clear()
+        self._in_vain = 0
+
+    @property
+    def changes(self) -> int:
+        """Changes of rows since the mark: a point that `undo` can go back to."""
+        return len(self._undo)
 
     @property
     def touched(self) -> int:
-        """Rows changed since the mark."""
-        return len(self._undo)
+        """Rows changed since the mark, and what was tried in vain as so many."""
+        return len(self._undo) + self._in_vain
 
-    def check_rows(self) -> None:
-        """Raise `ValueError` or `TypeError` if a row that has changed since the mark cannot be written."""
-        for scope, suffix, _, _ in self._undo:
+    def check_rows(self, since: int) -> None:
+        """Raise `ValueError` or `TypeError` if a row that has changed since that point cannot be written."""
+        for scope, suffix, _, _ in self._undo[since:]:
             row = self._dirty[scope].get(suffix)
             if row is not None:
                 codec.encode(row)
 
-    def undo(self) -> None:
-        """Back to the mark."""
-        while self._undo:
+    def undo(self, back_to: int = 0) -> None:
+        """Take every change since a point, or since the mark, back. Timers may be looked for too early afterwards."""
+        self._in_vain += _FAILURE
+        while len(self._undo) > back_to:
             scope, suffix, row, known = self._undo.pop()
             if known:
                 self._dirty[scope][suffix] = row
             else:
                 self._dirty[scope].pop(suffix, None)
             self._derive(scope, suffix, self.get(scope, suffix))
-        self.look_for_timers()
 
     def writes(self) -> dict[bytes, bytes | None]:
         """Every change since the last commit, encoded."""
@@ -402,9 +404,8 @@ class State:
 
     def _forget(self) -> None:
         """Everything that holds for one transaction."""
-        self._at = None
         self._dirty.clear()
-        self._undo.clear()
+        self.mark()
         self._read.clear()
         self._unknown.clear()
         self._passing.clear()

@@ -15,7 +15,7 @@ from perdure.schemas.commands import Tick
 from perdure.schemas.inbox import RevokeAttempt
 from perdure.schemas.rows import Mark, Timer
 from perdure.streams import attempts, clock, leases, policies, routing, tables, task_lifecycle
-from perdure.streams.decision import Moment, Note, Outputs, ToWorker, of_task
+from perdure.streams.decision import Moment, Note, Outputs, Part, ToWorker, of_task
 from perdure.streams.state import State
 from perdure.streams.task_lifecycle import ENDED
 
@@ -53,14 +53,12 @@ def _go_on(s: State, m: Moment) -> Outputs:
 
     Another one is first with each input, so that none waits for the end of those before it.
     """
-    marks = list(s.scan(tables.MARKS))
+    marks = list(s.workable(tables.MARKS))
     first = m.cause.offset % max(1, len(marks))
     for suffix, mark in [*marks[first:], *marks[:first]]:
         if s.touched >= _KEYS // 2:
             return
-        if not s.is_put_off(tables.MARKS, suffix):
-            with s.trying(tables.MARKS, suffix):
-                yield from _next_chunk(s, m, suffix, mark)
+        yield Part(suffix.decode(), _next_chunk(s, m, suffix, mark), (tables.MARKS, suffix))
 
 
 def _next_chunk(s: State, m: Moment, cursor: bytes, mark: Mark) -> Outputs:
@@ -84,8 +82,8 @@ def bind_tasks(s: State, m: Moment, task_type: str, after: str = "") -> Outputs:
     start = after.encode() + b"\x00" if after else b""
     found = islice(s.scan(tables.unbound(task_type), start=start), BINDS_AT_ONCE + 1)
     waiting = [suffix.decode() for suffix, _ in found]
-    for task_id in waiting[:BINDS_AT_ONCE]:
-        yield from policies.bind(s, m.following(), task_id)
+    for task_id in waiting[:BINDS_AT_ONCE]:  # one that is passed over is tried again with its grant
+        yield Part(task_id, policies.bind(s, m.following(), task_id))
     cursor = BINDING + task_type.encode()
     if len(waiting) > BINDS_AT_ONCE:
         yield Note(tables.MARKS, cursor, Mark(text=waiting[BINDS_AT_ONCE - 1]))
@@ -99,12 +97,8 @@ def _fire(s: State, m: Moment, scope: bytes, now: int) -> Outputs:
             return
         if s.get(scope, suffix) is None:
             continue  # what fired before has ended the task or taken the timer back
-        with s.trying(scope, suffix):
-            if scope == tables.SOFT_TIMERS:
-                yield Note(scope, suffix, None)
-                yield from _soft(s, m, suffix, timer)
-            else:
-                yield from _KINDS[timer.kind](s, m.following(), timer.task_id)
+        fired = _soft(s, m, suffix, timer) if scope == tables.SOFT_TIMERS else _durable(s, m, timer)
+        yield Part(f"{timer.kind} of {timer.task_id}", fired, (scope, suffix))
 
 
 def _due(s: State, scope: bytes, now: int) -> list[tuple[bytes, Timer]]:
@@ -112,12 +106,16 @@ def _due(s: State, scope: bytes, now: int) -> list[tuple[bytes, Timer]]:
     first = s.next_start if scope == tables.START_TIMERS else s.next_timer
     if first is None or first > now:
         return found
-    for suffix, timer in s.scan(scope, start=tables.number(first)):
+    for suffix, timer in s.workable(scope, start=tables.number(first)):
         if tables.timer_due(suffix) > now or len(found) >= limits.TICK_TIMERS:
             break
-        if not s.is_put_off(scope, suffix):
-            found.append((suffix, timer))
+        found.append((suffix, timer))
     return found
+
+
+def _durable(s: State, m: Moment, timer: Timer) -> Outputs:
+    """A timer of the durable class: what it stands for happens."""
+    yield from _KINDS[timer.kind](s, m.following(), timer.task_id)
 
 
 def _ready(s: State, m: Moment, task_id: str) -> Outputs:
@@ -153,6 +151,7 @@ def _retire(s: State, m: Moment, task_id: str) -> Outputs:
 
 def _soft(s: State, m: Moment, suffix: bytes, timer: Timer) -> Outputs:
     """A timer of the session class: look whether there is still something to do."""
+    yield Note(tables.SOFT_TIMERS, suffix, None)
     t = s.task(timer.task_id)
     if timer.kind == "waiter":
         waiting = s.scan(tables.waiters(timer.task_id))
@@ -194,8 +193,8 @@ def skewed(s: State) -> bool:
 
 def next_tick(s: State) -> int | None:
     """Log time at which the next tick has something to do; None: never, as things stand."""
-    cursors = (k for k, _ in s.scan(tables.MARKS) if k != SKEW and not s.is_put_off(tables.MARKS, k))
-    if s.clock.unconfirmed or s.clock.shift or next(cursors, None) is not None:
+    cursors = (k for k, _ in s.workable(tables.MARKS) if k != SKEW)
+    if s.clock.unconfirmed or s.clock.shift or any(leases.can_go_on(s, k) for k in cursors):
         return AT_ONCE
     if next(s.scan(tables.WINDOW), None) is not None:
         return AT_ONCE

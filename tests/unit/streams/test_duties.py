@@ -8,13 +8,16 @@ from typing import Any
 
 import pytest
 
-from perdure.schemas import codec, commands, events
+from perdure.schemas import codec, commands, events, inbox, limits
 from perdure.schemas.errors import InfrastructureError
-from perdure.streams import leases, ready_queue, tables, task_lifecycle, timers
+from perdure.schemas.reports import ReportBatch
+from perdure.schemas.signing import signed
+from perdure.streams import attempts, leases, policies, ready_queue, tables, task_lifecycle, timers
 from perdure.streams.decision import Moment, Outputs
 from perdure.streams.state import State
 from perdure.streams.timers import bind_tasks
-from tests.world import MINUTE, SECOND, ScriptedWorker, World
+from tests.auditing import assert_sound
+from tests.world import KEYS, MINUTE, SECOND, ScriptedWorker, World, begun, completed, step
 
 SOFT = tables.SOFT_TIMERS
 
@@ -69,9 +72,9 @@ def test_what_a_tick_fails_at_is_left_out_and_all_else_that_is_due_happens(monke
         before = len(ticks(world))
         world.advance(8 * MINUTE)
         assert len(ticks(world)) - before < 60, "ticks come for what is due alone"
-        assert [q.cause for q in world.quarantined()] == ["defect"] * 3
+        assert named(world, *broken) == dict.fromkeys(broken, 1)
         world.advance(3 * MINUTE)
-        assert [q.cause for q in world.quarantined()] == ["defect"] * 6
+        assert named(world, *broken) == dict.fromkeys(broken, 2)
     world.advance(10 * MINUTE)
     assert {grant.task_id for grant in worker.grants()} == {sound, *broken}
 
@@ -99,6 +102,129 @@ def test_a_session_that_cannot_be_ended_keeps_no_other_alive(monkeypatch: pytest
         assert [e.task_id for e in world.of_kind(events.AttemptLost)] == [sound]
     world.advance(11 * MINUTE)
     assert [e.task_id for e in world.of_kind(events.AttemptLost)] == [sound, stuck]
+
+
+@pytest.mark.parametrize("how", ["silence", "a successor"])
+def test_a_task_that_cannot_be_lost_keeps_no_other_of_its_session_waiting(
+    monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    world = World(partitions=1)
+    older = ScriptedWorker(world, slots=3).start()
+    tasks = [world.submit() for _ in range(3)]
+    for task in tasks:
+        older.run(task)
+    stuck = tasks[1]
+    with failing_at(monkeypatch, stuck):
+        if how == "silence":
+            world.advance(20 * SECOND)
+            heir = ScriptedWorker(world, "w2", slots=3, beating=True).start()
+        else:
+            older.beating = True
+            heir = older.restart()
+        assert {grant.task_id for grant in heir.grants()} == {*tasks} - {stuck}
+        before = len(ticks(world))
+        world.advance(8 * MINUTE)
+        assert len(ticks(world)) - before < 60, "ticks come for what is due alone"
+        assert named(world, stuck) == {stuck: 1}
+    world.advance(3 * MINUTE)
+    assert {grant.task_id for grant in heir.grants()} == {*tasks}
+    assert older.session not in world.of_engine(0).state.sessions
+
+
+def test_an_unseen_grant_that_cannot_be_lost_ends_no_session(monkeypatch: pytest.MonkeyPatch) -> None:
+    world = World(partitions=1)
+    worker = ScriptedWorker(world, slots=3).start()
+    seen, stuck, unseen = (world.submit() for _ in range(3))
+    with failing_at(monkeypatch, stuck):
+        for _ in range(15):
+            worker.beat(grants_seen=1)
+            world.advance(2 * SECOND)
+        lost = {e.task_id: e.why for e in world.of_kind(events.AttemptLost)}
+        assert lost == {unseen: "unseen"}
+        assert world.task(seen).state == "RUNNING"
+        assert named(world, stuck) == {stuck: 1}
+
+
+def test_a_task_that_cannot_be_bound_keeps_no_other_from_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    world = World(partitions=1)
+    tasks = [world.submit("odd") for _ in range(3)]
+    bind = policies.bind
+    with monkeypatch.context() as broken:
+        broken.setattr(policies, "bind", lambda s, m, task: (raising if task == tasks[1] else bind)(s, m, task))
+        world.configure_type("odd")
+        world.advance(SECOND)
+        assert [e.task_id for e in world.of_kind(events.TaskPolicyBound)] == [tasks[0], tasks[2]]
+    worker = ScriptedWorker(world, types={"odd": 0}, slots=3).start()
+    assert [grant.task_id for grant in worker.grants()] == tasks
+    assert world.of_engine(0).state.spec(tasks[1]).policy is not None, "bound with its grant"
+
+
+def test_a_task_that_cannot_be_drained_keeps_no_other_from_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    world = World(partitions=1)
+    worker = ScriptedWorker(world, slots=3).start()
+    tasks = [world.submit() for _ in range(3)]
+    drain = leases._drain
+    with monkeypatch.context() as broken:
+        broken.setattr(leases, "_drain", lambda s, m, task: (raising if task == tasks[1] else drain)(s, m, task))
+        worker.stop()
+    assert [world.task(task).stopping for task in tasks] == ["draining", "none", "draining"]
+
+
+def test_reports_that_cannot_be_taken_in_cost_their_own_attempt_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What several attempts have to say comes as one record."""
+    world = World(partitions=1)
+    worker = ScriptedWorker(world, slots=3).start()
+    tasks = [world.submit() for _ in range(3)]
+    said = [codec.decode_as(ReportBatch, worker.batch(worker.grant(task), begun(), step("a"))) for task in tasks]
+    stranger = codec.replace(said[0].entries[0], token=b"x" * len(said[0].entries[0].token))
+    batch = ReportBatch(session=worker.session, entries=[*(b.entries[0] for b in said), stranger])
+    take = attempts._step
+    with monkeypatch.context() as broken:
+        broken.setattr(attempts, "_step", lambda s, m, task, r: (raising if task == tasks[1] else take)(s, m, task, r))
+        world.send(signed(batch, *KEYS.newest_worker()), 0)
+    assert [e.task_id for e in world.of_kind(events.StepCompleted)] == [tasks[0], tasks[2]]
+    assert [world.task(task).started for task in tasks] == [True, False, True]
+    assert [(e.task_id, e.why) for e in world.of_kind(events.AttemptLost)] == [(tasks[1], "crashed")]
+    assert [m.task_id for m in world.inbox(worker.session, inbox.RevokeAttempt)] == [tasks[1]]
+    assert world.task(tasks[1]).epoch == 2, "granted again"
+    (record,) = world.quarantined()
+    assert record.detail.startswith(f"{tasks[1]}: Traceback")
+    assert [e.why for e in world.of_kind(events.ReportRejected)] == ["token"]
+    assert_sound(world.log)
+    for task in (tasks[0], tasks[2]):
+        worker.report(worker.grant(task), completed())
+        assert world.task(task).state == "COMPLETED"
+
+
+def test_an_end_that_can_never_be_taken_in_is_a_dead_letter_in_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its worker has given the slot away and says nothing more: nobody else would notice."""
+    world = World(partitions=1)
+    worker = ScriptedWorker(world, slots=1).start()
+    task = world.submit()
+    with monkeypatch.context() as broken:
+        broken.setattr(attempts, "_completed", raising)
+        for _ in range(limits.CRASHES_MAX):
+            worker.report(worker.grant(task), begun(), completed())
+    assert world.of_kind(events.TaskFailed)[0].why == "crash_loop"
+    assert_sound(world.log)
+
+
+def test_a_defect_with_very_many_rows_leaves_room_for_all_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each is tried once in ten minutes, some hundred with each tick, and few records of it are set aside."""
+    world = World(partitions=1)
+    worker = ScriptedWorker(world, slots=9, beating=True).start()
+    broken = [world.submit(not_before=world.now + 3 * SECOND) for _ in range(450)]
+    sound = world.submit(not_before=world.now + 4 * SECOND)
+    with failing_at(monkeypatch, *broken):
+        world.advance(5 * SECOND)
+        assert [grant.task_id for grant in worker.grants()] == [sound]
+        before = len(ticks(world))
+        world.advance(8 * MINUTE)
+        assert len(ticks(world)) - before < 60
+        found = world.quarantined()
+        assert 5 <= len(found) <= 10
+        assert all(len(record.detail) <= limits.TRACEBACK_MAX for record in found)
+        assert found[0].detail.endswith("more")
 
 
 def test_a_cursor_that_cannot_go_on_holds_no_timer_up(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -234,6 +360,12 @@ def failing_at(monkeypatch: pytest.MonkeyPatch, *tasks: str) -> Iterator[None]:
         broken.setitem(timers._KINDS, tables.NOT_BEFORE, unless_broken(timers._KINDS[tables.NOT_BEFORE]))
         broken.setattr(task_lifecycle, "lost", unless_broken(task_lifecycle.lost))
         yield
+
+
+def named(world: World, *tasks: str) -> dict[str, int]:
+    """How often each task was set aside for a defect."""
+    found = [q.detail for q in world.quarantined() if q.cause == "defect"]
+    return {task: sum(f"{task}: Traceback" in detail for detail in found) for task in tasks}
 
 
 def ticks(world: World) -> list[commands.Tick]:

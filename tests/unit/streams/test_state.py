@@ -171,6 +171,7 @@ def test_what_is_derived_from_rows_follows_undo_and_rollback() -> None:
     state.put(tables.TIMERS, tables.timer(3, "run", "t"), Timer(task_id="t", kind="run"))
     assert (state.sessions, state.next_timer) == ({}, 3)
     state.undo()
+    state.look_for_timers()
     assert (state.sessions, state.next_timer) == ({"s": session}, 5)
     state.rolled_back()
     assert (state.sessions, state.next_timer) == ({}, None)
