@@ -6,7 +6,7 @@ import json
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import closing, suppress
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
@@ -22,10 +22,12 @@ from perdure.schemas import codec, ids, json_commands, limits, topics
 from perdure.schemas.codec import replace
 from perdure.schemas.errors import InfrastructureError, Unreachable
 from perdure.session import publish, read_config
+from perdure.standstill import Standstill
 from perdure.streams.host_slots import HostSlot, host_id
 from perdure.streams.kafka_connection import quiet
 from perdure.streams.kafka_log import KafkaLog
 from perdure.streams.log import Log
+from perdure.streams.log import TopicPartition as Where
 from perdure.streams.processor import Kind
 from perdure.streams.runner import Runner
 from perdure.streams.schema_lookup import SchemaLookup
@@ -37,6 +39,8 @@ if TYPE_CHECKING:
 _ACK_S = 15.0
 _ANSWER_S = 3.0
 MEASURE_EVERY_S = 5.0
+UNKNOWN_S = 30.0
+"""So long may nothing be known of a group before health says so."""
 
 
 def main(
@@ -68,7 +72,9 @@ def main(
             log, host=host, port=port, token=settings.api_token, db_path=state / f"views-{slot.number}.sqlite",
             commands=commands, fetch=large.fetched, ready=ready,
             background={p.name: p.run for p in projections} | {"engine-lag": engine.watch} | sweeping,
-            lags=lambda: {p.name: p.lag for p in (engine, *projections)}, names=[name] if name else [],
+            lags=lambda: {p.name: p.lag for p in (engine, *projections)},
+            problems=lambda: [problem for p in (engine, *projections) for problem in p.problems()],
+            names=[name] if name else [],
         )  # fmt: skip
     finally:
         commands.close()
@@ -85,19 +91,34 @@ class Lag:
         self.lag: Mapping[str, int] = {}
         """Topic -> records that the group, in all processes together, has still to read; as last measured."""
         self._log, self._inputs = log, inputs
+        self._standstill = Standstill(log)
+        self._stands: list[str] = []
+        self._measured_at = time.monotonic()
+        self._why = "the broker has not answered yet"
+
+    def problems(self) -> list[str]:
+        """What is wrong with the group, in words."""
+        unknown = time.monotonic() - self._measured_at
+        if unknown > UNKNOWN_S:
+            return [f"{self.name}: how far it is behind could not be measured for {unknown:.0f} s: {self._why}"]
+        return [f"{self.name}: {text}" for text in self._stands]
 
     def watch(self, stop: threading.Event) -> None:
         """Measure now and then until `stop` is set."""
         # A consumer that never joins its group. An admin client asks for a group's offsets too, but where the broker
         # does not answer in time librdkafka may end the process (its issue 4605).
-        own = {"group.id": self._log.prefix + self.name, "isolation.level": "read_committed", "error_cb": quiet}
+        # What is not committed yet counts too: it is what a transaction that hangs keeps from its readers.
+        own = {"group.id": self._log.prefix + self.name, "isolation.level": "read_uncommitted", "error_cb": quiet}
         with closing(Consumer(self._log.config(own))) as consumer:
             while not stop.wait(MEASURE_EVERY_S):
-                with suppress(KafkaException):  # the views' writer asks the same broker, and health tells how it went
-                    self.lag = self._measured(consumer)
+                try:
+                    self._measure(consumer)
+                except (KafkaException, InfrastructureError) as error:  # if it stays so, `problems` says that
+                    self._why = str(error)
 
-    def _measured(self, consumer: Consumer) -> dict[str, int]:
-        lag = {}
+    def _measure(self, consumer: Consumer) -> None:
+        lag: dict[str, int] = {}
+        places: dict[Where, tuple[int, int]] = {}
         for topic in self._inputs:
             wheres = [TopicPartition(self._log.prefix + topic, p) for p in range(self._log.partitions)]
             lag[topic] = 0
@@ -105,9 +126,13 @@ class Lag:
                 if where.error is not None:
                     raise KafkaException(where.error)
                 first, end = consumer.get_watermark_offsets(where, _ANSWER_S)
+                position = max(first, where.offset)
+                places[topic, where.partition] = position, end
                 # The engine writes in transactions: last in a partition comes the marker of one, which is no record.
-                lag[topic] += max(0, end - 1 - max(first, where.offset))
-        return lag
+                lag[topic] += max(0, end - 1 - position)
+        self.lag = lag
+        self._stands = self._standstill.found(places)
+        self._measured_at = time.monotonic()
 
 
 class Projection(Lag):
@@ -116,10 +141,19 @@ class Projection(Lag):
     def __init__(self, log: KafkaLog, kind: Kind, directory: Path, instance: str | None = None) -> None:
         super().__init__(log, kind.name, kind.inputs)
         self._kind, self._directory, self._instance = kind, directory, instance
+        self._runner: Runner | None = None
+
+    def problems(self) -> list[str]:
+        """With each partition of this process that is refused, and why."""
+        refused = {} if self._runner is None else self._runner.refused()
+        return [
+            *super().problems(),
+            *(f"{self.name}/{number} is refused: {error}" for number, error in refused.items()),
+        ]
 
     def run(self, stop: threading.Event) -> None:
         """Fold until `stop` is set. Raises what makes the runner fail."""
-        runner = Runner(self._log, self._kind, self._directory, instance=self._instance)
+        self._runner = runner = Runner(self._log, self._kind, self._directory, instance=self._instance)
         threading.Thread(target=self._watch, args=(stop, runner), name=f"{self.name}-lag", daemon=True).start()
         runner.run()
 

@@ -57,6 +57,7 @@ def main(
     ready: Callable[[str], None],
     background: Mapping[str, Work] | None = None,
     lags: Lags = dict,
+    problems: Callable[[], Iterable[str]] = list,
     names: Iterable[str] = (),
     retention: Retention | None = None,
     stop: threading.Event | None = None,
@@ -65,7 +66,8 @@ def main(
     """Serve until SIGTERM, SIGINT or `stop`; returns the exit code: 0, or 1 if a part failed. Blocks.
 
     `ready` gets the address once it answers; port 0 takes a free one. `names`: host names that the API is known by.
-    `background`: what else runs until the server stops, by the names that health shows.
+    `background`: what else runs until the server stops, by the names that health shows. `problems`: what is wrong
+    with it beyond its lags, in words; must not block.
     Raises `ConfigurationError` (no token beyond loopback, address or view store in use) or `Unreachable`.
     """
     rules = access(host, token, names)
@@ -76,7 +78,7 @@ def main(
         crew = _Crew(stop, linger_s)
 
         def health() -> Mapping[str, Any]:
-            return health_of(writer.reading, crew.state(), lags())
+            return health_of(writer.reading, crew.state(), lags(), problems())
 
         app = create_app(Views(db_path), commands, fetch, health, rules, _now)
         crew.start({"views": writer.run} | dict(background or {}))
@@ -88,14 +90,17 @@ def main(
         return FAILED if crew.failed else 0
 
 
-def health_of(reading: Reading, parts: Mapping[str, str], lags: Mapping[str, Mapping[str, int]]) -> dict[str, Any]:
-    """How the server is: `ok`, and if not the problems in words."""
+def health_of(
+    reading: Reading, parts: Mapping[str, str], lags: Mapping[str, Mapping[str, int]], found: Iterable[str] = ()
+) -> dict[str, Any]:
+    """How the server is: `ok`, and if not the problems in words, with those that others have found."""
     everything = {"views": reading.lag, **lags}
     problems = [f"{name} {state}" for name, state in parts.items() if state != "runs"]
     if reading.problem is not None:
         problems.append(reading.problem)
     if not reading.caught_up:
         problems.append("the views are still being filled")
+    problems += found
     for name, topics in everything.items():
         problems += [f"{name}: {n:,} records behind in {topic}" for topic, n in topics.items() if n > LAG_MAX]
     if reading.skew_ms is not None and reading.skew_ms > limits.CLOCK_AGREES_MS:

@@ -107,19 +107,23 @@ class ConfigurationError(InfrastructureError):
     code = "configuration"
 
 
-class LogTruncated(InfrastructureError):
+class PartitionRefused(InfrastructureError):
+    """To go on with this partition would lose something or record it twice. The other partitions are not concerned."""
+
+
+class LogTruncated(PartitionRefused):
     """The committed position lies below the log's first offset: commands were deleted before they were executed."""
 
     code = "log_truncated"
 
 
-class EventsIncomplete(InfrastructureError):
+class EventsIncomplete(PartitionRefused):
     """The events on task-events do not tell a whole story: their beginning or something in between is missing."""
 
     code = "events_incomplete"
 
 
-class RestoreStuck(InfrastructureError):
+class RestoreStuck(PartitionRefused):
     """A partition's state cannot be read to its end: something holds its changelog up."""
 
     code = "restore_stuck"

@@ -22,10 +22,11 @@ from perdure.streams.duties import Duties
 from perdure.streams.engine import Engine
 from perdure.streams.host_slots import HostSlot, host_id
 from perdure.streams.kafka_log import KafkaLog
+from perdure.streams.lane import wall_clock
 from perdure.streams.local_engine import engine_kind
 from perdure.streams.log import Producer
 from perdure.streams.processor import Kind
-from perdure.streams.runner import Runner, wall_clock
+from perdure.streams.runner import Runner
 from perdure.streams.schema_lookup import SchemaLookup
 from perdure.streams.shard import Shard
 from perdure.streams.snapshot_taker import SnapshotTaker

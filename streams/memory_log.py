@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from perdure.schemas import limits, topics
-from perdure.schemas.errors import Fenced, InfrastructureError
+from perdure.schemas.errors import Fenced, LogTruncated
 from perdure.streams.log import BEGIN, END, Member, OnAck, Record, TopicPartition, TransactionAborted, check_size
 
 Clock = Callable[[], int]
@@ -248,7 +248,7 @@ class _Reading:
             part = self._log._data[where]
             if not part.first <= self._positions[where] <= part.end:
                 side = "below the log's start" if self._positions[where] < part.first else "above the log's end"
-                raise InfrastructureError(
+                raise LogTruncated(
                     f"offset {self._positions[where]} of {where} is {side}: it holds {part.first} to {part.end}"
                 )
             more, self._positions[where] = self._log._slice(

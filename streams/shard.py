@@ -17,7 +17,6 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 
 from perdure.schemas.errors import (
-    ConfigurationError,
     Fenced,
     InfrastructureError,
     LogTruncated,
@@ -119,7 +118,11 @@ class Shard:
         self._reader: Reader | None = None
         self._target = 0
         self.processor = kind.open(store, partition)
-        self._begin_restore()
+        try:
+            self._begin_restore()
+        except BaseException:
+            self._producer.close()
+            raise
 
     # Recovery --------------------------------------------------------------------------------------------------------
 
@@ -136,7 +139,7 @@ class Shard:
             raise
         if begin > self._target:
             reader.close()
-            raise ConfigurationError(
+            raise LogTruncated(
                 f"{self.kind.changelog}/{self.partition} ends at {self._target}, but the local store has read up to "
                 f"{begin}: the topic was truncated or replaced. Restore the topic, or remove the local store to rebuild"
             )

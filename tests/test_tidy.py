@@ -39,6 +39,7 @@ SHELL = frozenset(
         "kafka_consumers",
         "kafka_log",
         "kafka_producers",
+        "lane",
         "local_engine",
         "log",
         "memory_log",
@@ -74,7 +75,12 @@ INTERFACES = {"perdure.streams.store": {"Store"}, "perdure.streams.log": {"Recor
 
 @cache
 def tree(file: Path) -> ast.Module:
-    return ast.parse(file.read_text(), str(file))
+    try:
+        return ast.parse(file.read_text(), str(file))
+    except (
+        SystemError
+    ):  # Python 3.11.7: what another thread parses meanwhile, as for a traceback, disturbs it (gh-106905)
+        return ast.parse(file.read_text(), str(file))
 
 
 def name_of(file: Path) -> str:

@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 
-from perdure import server_main
+from perdure import server_main, standstill
 from perdure.projections import server
 from perdure.projections.api import DOWNLOADS_AT_ONCE
 from perdure.projections.processors import DEAD_LETTERS, PROGRESS
@@ -367,6 +367,7 @@ PROBLEMS: list[tuple[dict[str, Any], str]] = [
     ({"reading": Reading(caught_up=True, problem="no broker")}, "no broker"),
     ({"lags": {"progress": {"task-events": 20_000}}}, "progress: 20,000 records behind"),
     ({"parts": {"progress": "failed: x"}}, "progress failed: x"),
+    ({"found": ["engine: task-commands/0 stands still at 1 of 2"]}, "engine: task-commands/0 stands still"),
 ]
 
 
@@ -445,15 +446,20 @@ def test_from_events_to_answers_on_kafka(
     producer.append("task-telemetry", where(log, "etl/done"), b"etl/done", encode(half))
 
     monkeypatch.setattr(server_main, "MEASURE_EVERY_S", 0.1)
+    monkeypatch.setattr(standstill, "STILL_S", 1.0)
     may_fold, handle = threading.Event(), ProgressProcessor.handle
     monkeypatch.setattr(ProgressProcessor, "handle", lambda *said: handle(*said) if may_fold.wait(60) else None)
     parts = [server_main.Projection(log, kind, tmp_path / "state") for kind in (PROGRESS, DEAD_LETTERS)]
     background = {p.name: p.run for p in parts}
-    with running(log, tmp_path / "views.db", background=background, lags=lambda: {p.name: p.lag for p in parts}) as it:
+    lags, problems = lambda: {p.name: p.lag for p in parts}, lambda: [text for p in parts for text in p.problems()]
+    with running(log, tmp_path / "views.db", background=background, lags=lags, problems=problems) as it:
         assert set(it.get("/health")[1]["parts"]) == {"views", "progress", "dead_letters"}
         # Each story has a partition of its own, with a bad record more, and room for a marker less.
         behind = len(done.events) + len(broken.events)
         until(lambda: lag(it, "progress") == {"task-events": behind, "task-telemetry": 0}, "progress waits", 60)
+        until(
+            lambda: "progress: task-events/" in str(it.get("/health")[1]["problems"]), "health says that it stands", 60
+        )
         may_fold.set()
         until(lambda: it.get("/api/v1/tasks/etl%2Fdone")[1].get("progress") == 0.5, "progress is folded", 60)
         until(lambda: it.get("/api/v1/dead-letters")[1]["dead_letters"], "the dead letter is folded", 60)

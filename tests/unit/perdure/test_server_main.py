@@ -66,6 +66,16 @@ def test_what_is_no_command_never_reaches_the_log(
     assert log.records(topics.COMMANDS.name) == []
 
 
+def test_a_group_that_could_not_be_measured_is_not_taken_for_one_that_is_well(
+    log: MemoryLog, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    group = server_main.Lag(log, "engine", (topics.COMMANDS.name,))  # type: ignore[arg-type]
+    assert group.problems() == []
+    monkeypatch.setattr(server_main, "UNKNOWN_S", -1.0)
+    (problem,) = group.problems()
+    assert problem.startswith("engine: how far it is behind could not be measured for 0 s: the broker has not answered")
+
+
 @pytest.mark.parametrize(("api", "names"), [("http://perdure.example.org:8765", ["perdure.example.org"]), (None, [])])
 def test_the_api_answers_to_the_name_that_clients_are_given(
     tmp_path: Path, log: MemoryLog, monkeypatch: pytest.MonkeyPatch, api: str | None, names: list[str]
@@ -80,5 +90,6 @@ def test_the_api_answers_to_the_name_that_clients_are_given(
     assert (told["host"], told["port"], told["token"]) == ("0.0.0.0", 1, "secret")
     assert set(told["background"]) == {"progress", "dead_letters", "engine-lag"}
     assert set(told["lags"]()) == {"progress", "dead_letters", "engine"}
+    assert told["problems"]() == []
     assert server_main.main(Settings(bootstrap="localhost:9092", blobs=str(tmp_path), state_dir=tmp_path)) == 0
     assert set(told["background"]) == {"progress", "dead_letters", "engine-lag", "large values"}

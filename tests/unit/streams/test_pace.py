@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from perdure.schemas import limits, topics
+from perdure.streams import lane as lane_module
 from perdure.streams import runner as runner_module
 from perdure.streams.log import Record
 from perdure.streams.memory_log import MemoryLog
@@ -112,8 +113,8 @@ def test_a_partition_that_comes_back_full_is_not_read_before_it_is_open(
     lane, member = slow.runner._lanes[0], slow.runner.member
     until("no more are fetched", lambda: (NAME, 0) in member._paused)
     opening, reads = threading.Event(), Counted(member.read)
-    open_store = runner_module.open_store
-    monkeypatch.setattr(runner_module, "open_store", lambda *given: (opening.wait(60), open_store(*given))[1])
+    open_store = lane_module.open_store
+    monkeypatch.setattr(lane_module, "open_store", lambda *given: (opening.wait(60), open_store(*given))[1])
     monkeypatch.setattr(member, "read", reads)
     member._pending += [("revoked", []), ("assigned", [(NAME, 0)])]  # both within one read
     slow.let_go.set()

@@ -87,7 +87,7 @@ def test_a_log_that_has_lost_its_end_is_a_refusal(world: World, kept: int) -> No
 
 def test_a_store_that_is_ahead_of_its_log_is_a_refusal(world: World) -> None:
     del world.log._data[CHANGELOG, 0].entries[10:]
-    with pytest.raises(ConfigurationError, match="ends at 10, but the local store has read up to"):
+    with pytest.raises(LogTruncated, match="ends at 10, but the local store has read up to"):
         world.restart()
 
 

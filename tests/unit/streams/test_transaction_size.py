@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from perdure.schemas import limits
-from perdure.streams.runner import most_records, most_waiting
+from perdure.streams.lane import most_records
+from perdure.streams.runner import most_waiting
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,179 @@
+"""A partition that cannot be gone on with is refused by name; the others of its process go on (G5)."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from perdure.schemas import codec, events, topics
+from perdure.schemas.errors import LogTruncated, RestoreStuck
+from perdure.streams import lane as lane_module
+from perdure.streams.local_engine import engine_kind
+from perdure.streams.log import Record
+from perdure.streams.memory_log import MemoryLog
+from perdure.streams.processor import Kind, Table, Transaction
+from perdure.streams.runner import Runner
+from tests.integration.stack import until
+from tests.world import KEYS
+
+INPUT = topics.COMMANDS.name
+
+
+class Running:
+    """A runner in a thread of its own."""
+
+    def __init__(self, log: MemoryLog, kind: Kind, folder: Path) -> None:
+        self.runner = Runner(log, kind, folder)
+        self.error: BaseException | None = None
+        self._thread = threading.Thread(target=self._run)
+        self._thread.start()
+
+    def _run(self) -> None:
+        try:
+            self.runner.run()
+        except LogTruncated as error:
+            self.error = error
+
+    def ended(self) -> BaseException | None:
+        """What it has ended by itself with."""
+        self._thread.join(60)
+        assert not self._thread.is_alive()
+        return self.error
+
+    def goes_on(self) -> bool:
+        return self._thread.is_alive()
+
+    def close(self) -> None:
+        self.runner.stop()
+        self.ended()
+
+
+@contextmanager
+def running(log: MemoryLog, folder: Path, kind: Kind | None = None) -> Iterator[Running]:
+    it = Running(log, kind or engine_kind(log.partitions, KEYS), folder)
+    try:
+        yield it
+    finally:
+        it.close()
+
+
+@pytest.fixture
+def log() -> MemoryLog:
+    return MemoryLog(lambda: 1_000, partitions=2)
+
+
+@pytest.fixture(autouse=True)
+def soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lane_module, "_REFUSED_S", 0.01)
+
+
+def submit(log: MemoryLog, partition: int, name: str) -> None:
+    command = {"command": "SubmitTask", "type": "noop", "task_id": f"default/{name}"}
+    log.producer().append(INPUT, partition, None, json.dumps(command).encode())
+
+
+def lose(log: MemoryLog, partition: int) -> None:
+    """One record more, and nobody has it any longer."""
+    with log._changed:
+        submit(log, partition, "lost")
+        log.truncate(INPUT, partition, log._data[INPUT, partition].end)
+
+
+def executed(log: MemoryLog, partition: int) -> int:
+    """Commands that a partition has taken in."""
+    found = (codec.decode(r.value or b"") for r in log.records(topics.EVENTS.name, partition))
+    return sum(isinstance(e, events.ForwardQueued | events.TaskSubmitted) for e in found)
+
+
+def executes(log: MemoryLog, partition: int, name: str) -> None:
+    """Until a new command of the partition is executed."""
+    before = executed(log, partition)
+    submit(log, partition, name)
+    until(f"{name} is executed", lambda: executed(log, partition) > before)
+
+
+def test_a_partition_that_is_refused_at_the_start_holds_up_no_other(
+    log: MemoryLog, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with running(log, tmp_path):
+        for partition in range(2):
+            executes(log, partition, f"first{partition}")
+    whole = list(log._data[INPUT, 0].entries)
+    lose(log, 0)
+    with running(log, tmp_path) as it:
+        until("the refusal", lambda: set(it.runner.refused()) == {0})
+        executes(log, 1, "second")
+        assert "records were deleted before they were read" in str(it.runner.refused()[0])
+        assert f"engine/0 is refused: {INPUT}/0 begins at 2" in caplog.text
+        with log._changed:  # somebody puts it right
+            log._data[INPUT, 0].entries[:], log._data[INPUT, 0].first = whole, 0
+        executes(log, 0, "third")
+        assert not it.runner.refused()
+
+
+def test_a_partition_that_is_refused_under_way_holds_up_no_other(log: MemoryLog, tmp_path: Path) -> None:
+    with running(log, tmp_path) as it:
+        for partition in range(2):
+            executes(log, partition, f"first{partition}")
+        lose(log, 0)
+        until("the refusal", lambda: set(it.runner.refused()) == {0})
+        executes(log, 1, "second")
+        assert it.goes_on()
+
+
+def test_a_log_that_loses_records_again_and_again_ends_the_runner(log: MemoryLog, tmp_path: Path) -> None:
+    """What makes its member read what nobody refuses is not known: each time all partitions begin again."""
+    with running(log, tmp_path) as it:
+        for partition in range(2):
+            executes(log, partition, f"first{partition}")
+            lose(log, partition)
+            if not partition:
+                until("the refusal", lambda: set(it.runner.refused()) == {0})
+        assert isinstance(it.ended(), LogTruncated)
+
+
+def test_a_runner_all_of_whose_partitions_are_refused_ends(log: MemoryLog, tmp_path: Path) -> None:
+    """A process that does nothing for anybody is to be seen."""
+    with running(log, tmp_path):
+        for partition in range(2):
+            executes(log, partition, f"first{partition}")
+    for partition in range(2):
+        lose(log, partition)
+    with running(log, tmp_path) as it:
+        assert "begins at 2, but engine has executed only up to 1" in str(it.ended())
+
+
+def test_what_was_read_before_a_refusal_is_read_again(log: MemoryLog, tmp_path: Path) -> None:
+    """Records that wait in the process are not the next ones any more."""
+    taken: list[int] = []
+    entered, go_on, sound = threading.Event(), threading.Event(), threading.Event()
+
+    def handle(record: Record, _: Transaction) -> None:
+        if record.partition:
+            return
+        if record.offset == 1 and not sound.is_set():
+            entered.set()
+            assert go_on.wait(60)
+            raise RestoreStuck("told to")
+        taken.append(record.offset)
+
+    kind = Kind("told", (INPUT,), None, lambda store, _: Table("told", store, handle, (INPUT,)))
+    with running(log, tmp_path, kind) as it:
+        submit(log, 0, "0")
+        until("the first", lambda: taken == [0])
+        submit(log, 0, "1")
+        assert entered.wait(60)
+        for n in (2, 3):
+            submit(log, 0, str(n))
+        until("they wait", lambda: len(it.runner._lanes[0]._records) == 2)
+        go_on.set()
+        until("the refusal", lambda: set(it.runner.refused()) == {0})
+        submit(log, 0, "4")
+        sound.set()
+        until("all are executed", lambda: len(taken) == 5)
+    assert taken == [0, 1, 2, 3, 4]
