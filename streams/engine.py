@@ -84,7 +84,6 @@ class Engine:
         s.mark()
         ran = self._attempt(None, lambda: self._run(record, self._read(record)))
         if not ran:
-            s.look_for_timers()
             self._pass_over(record)
         s.mark()
         granted = ran and self._attempt(None, lambda: self._grant(record))

@@ -213,6 +213,7 @@ def test_a_defect_with_very_many_rows_leaves_room_for_all_else(monkeypatch: pyte
     """Each is tried once in ten minutes, some hundred with each tick, and few records of it are set aside."""
     world = World(partitions=1)
     worker = ScriptedWorker(world, slots=9, beating=True).start()
+    monkeypatch.setattr(limits, "TRACEBACK_MAX", 9_000)
     broken = [world.submit(not_before=world.now + 3 * SECOND) for _ in range(450)]
     sound = world.submit(not_before=world.now + 4 * SECOND)
     with failing_at(monkeypatch, *broken):
@@ -259,6 +260,7 @@ def test_a_tick_that_fails_at_nothing_of_its_own_is_tried_again_once_a_second(
         world.advance(23 * SECOND)
     causes = [q.cause for q in world.quarantined()]
     assert set(causes) == {"defect"}
+    assert world.quarantined()[0].detail.startswith("Traceback"), "what stopped all of it is said first"
     assert 15 <= len(causes) <= 27
     world.advance(2 * SECOND)
     assert sound in [grant.task_id for grant in worker.grants()]
@@ -280,6 +282,17 @@ def test_a_grant_that_fails_holds_up_no_other(monkeypatch: pytest.MonkeyPatch) -
         assert [q.cause for q in world.quarantined()] == ["defect"] * 2
     world.advance(2 * MINUTE)
     assert {grant.task_id for grant in worker.grants()} == {*tasks}
+
+
+def test_a_search_for_what_can_be_granted_that_fails_is_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
+    world = World(partitions=1)
+    worker = ScriptedWorker(world, beating=True).start()
+    with monkeypatch.context() as broken:
+        broken.setattr(ready_queue, "_candidate", lambda *_: 1 / 0)
+        task = world.submit()
+    assert not worker.grants()
+    world.advance(SECOND)
+    assert [grant.task_id for grant in worker.grants()] == [task]
 
 
 def test_what_an_aborted_transaction_failed_at_is_tried_again_and_set_aside(monkeypatch: pytest.MonkeyPatch) -> None:

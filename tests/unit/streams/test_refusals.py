@@ -7,17 +7,20 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from perdure.schemas import codec, events, topics
 from perdure.schemas.errors import LogTruncated, RestoreStuck
 from perdure.streams import lane as lane_module
+from perdure.streams import runner as runner_module
 from perdure.streams.local_engine import engine_kind
 from perdure.streams.log import Record
 from perdure.streams.memory_log import MemoryLog
 from perdure.streams.processor import Kind, Table, Transaction
 from perdure.streams.runner import Runner
+from perdure.streams.shard import Shard
 from tests.integration.stack import until
 from tests.world import KEYS
 
@@ -28,7 +31,7 @@ class Running:
     """A runner in a thread of its own."""
 
     def __init__(self, log: MemoryLog, kind: Kind, folder: Path) -> None:
-        self.runner = Runner(log, kind, folder)
+        self.log, self.runner = log, Runner(log, kind, folder)
         self.error: BaseException | None = None
         self._thread = threading.Thread(target=self._run)
         self._thread.start()
@@ -126,14 +129,16 @@ def test_a_partition_that_is_refused_under_way_holds_up_no_other(log: MemoryLog,
         assert it.goes_on()
 
 
-def test_a_log_that_loses_records_again_and_again_ends_the_runner(log: MemoryLog, tmp_path: Path) -> None:
-    """What makes its member read what nobody refuses is not known: each time all partitions begin again."""
+def test_a_log_that_loses_records_again_and_again_ends_the_runner(tmp_path: Path) -> None:
+    """Each time all partitions begin again: a new process, which refuses at its start, costs the others less."""
+    log = MemoryLog(lambda: 1_000, partitions=3)
     with running(log, tmp_path) as it:
-        for partition in range(2):
+        for partition in range(3):
             executes(log, partition, f"first{partition}")
-            lose(log, partition)
-            if not partition:
-                until("the refusal", lambda: set(it.runner.refused()) == {0})
+        lose(log, 0)
+        until("the refusal", lambda: set(it.runner.refused()) == {0})
+        executes(log, 2, "second")
+        lose(log, 1)
         assert isinstance(it.ended(), LogTruncated)
 
 
@@ -177,3 +182,48 @@ def test_what_was_read_before_a_refusal_is_read_again(log: MemoryLog, tmp_path: 
         sound.set()
         until("all are executed", lambda: len(taken) == 5)
     assert taken == [0, 1, 2, 3, 4]
+
+
+def test_a_changelog_that_lost_its_end_meanwhile_is_refused_again(
+    log: MemoryLog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the group said when the partition was assigned is older than what was executed since."""
+    with running(log, tmp_path) as it:
+        for partition in range(2):
+            executes(log, partition, f"first{partition}")
+        committed = it.runner.member.committed
+        monkeypatch.setattr(
+            it.runner.member, "committed", lambda wanted, **_: dict.fromkeys(committed(wanted))
+        )  # as at its assignment
+        log.replace(topics.CHANGELOG.name)
+        refuse(it, 0)
+        until("the refusal", lambda: "it has lost its end" in str(it.runner.refused().get(0)))
+        assert executed(log, 0) == 1, "nothing is executed again"
+
+
+def refuse(it: Running, partition: int) -> None:
+    """The next record of the partition cannot be gone on with, once."""
+    shard_of, told = Shard.run_batch, []
+
+    def run_batch(self: Shard, *given: Any, **more: Any) -> bool:
+        if self.partition == partition and not told:
+            told.append(partition)
+            raise RestoreStuck("told to")
+        return shard_of(self, *given, **more)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Shard, "run_batch", run_batch)
+        submit(it.log, partition, "refused")
+        until("it was told to", lambda: told)
+
+
+def test_a_group_is_told_again_what_may_never_have_arrived(
+    log: MemoryLog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runner_module, "_TELL_S", 0.0)
+    monkeypatch.setattr(runner_module, "_TELL_AGAIN_S", 0.0)
+    with running(log, tmp_path):
+        executes(log, 0, "first")
+        until("the group knows", lambda: log.committed("engine", [(INPUT, 0)])[INPUT, 0] == 1)
+        log._offsets.clear()
+        until("it is told again", lambda: log.committed("engine", [(INPUT, 0)])[INPUT, 0] == 1)
