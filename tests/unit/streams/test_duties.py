@@ -213,7 +213,8 @@ def test_a_defect_with_very_many_rows_leaves_room_for_all_else(monkeypatch: pyte
     """Each is tried once in ten minutes, some hundred with each tick, and few records of it are set aside."""
     world = World(partitions=1)
     worker = ScriptedWorker(world, slots=9, beating=True).start()
-    monkeypatch.setattr(limits, "TRACEBACK_MAX", 9_000)
+    monkeypatch.setattr(limits, "TRACEBACK_MAX", 1_600)
+    monkeypatch.setattr(limits, "TEXT_MAX", 100)
     broken = [world.submit(not_before=world.now + 3 * SECOND) for _ in range(450)]
     sound = world.submit(not_before=world.now + 4 * SECOND)
     with failing_at(monkeypatch, *broken):
