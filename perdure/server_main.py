@@ -65,7 +65,7 @@ def main(
     large = settings.large_values(log.topic_id)
     projections = [Projection(log, kind, state / "partition", instance) for kind in (PROGRESS, DEAD_LETTERS)]
     sweeping = {"large values": Sweeper(large, commands).run} if settings.blobs is not None else {}
-    engine = Lag(log, topics.ENGINE_GROUP, (topics.COMMANDS.name,))
+    engine = Lag(log, topics.ENGINE_GROUP, (topics.COMMANDS.name,), committed=False)
     name = urlsplit(settings.api or "").hostname
     try:
         return server.main(
@@ -86,12 +86,12 @@ def main(
 class Lag:
     """How far a consumer group is behind its inputs."""
 
-    def __init__(self, log: KafkaLog, group: str, inputs: Sequence[str]) -> None:
+    def __init__(self, log: KafkaLog, group: str, inputs: Sequence[str], *, committed: bool = True) -> None:
         self.name = group
         self.lag: Mapping[str, int] = {}
         """Topic -> records that the group, in all processes together, has still to read; as last measured."""
         self._log, self._inputs = log, inputs
-        self._standstill = Standstill(log)
+        self._standstill = Standstill(log, committed=committed)
         self._stands: list[str] = []
         self._measured_at = time.monotonic()
         self._why = "the broker has not answered yet"
@@ -118,7 +118,7 @@ class Lag:
 
     def _measure(self, consumer: Consumer) -> None:
         lag: dict[str, int] = {}
-        places: dict[Where, tuple[int, int]] = {}
+        places: dict[Where, tuple[int, int, int]] = {}
         for topic in self._inputs:
             wheres = [TopicPartition(self._log.prefix + topic, p) for p in range(self._log.partitions)]
             lag[topic] = 0
@@ -126,10 +126,9 @@ class Lag:
                 if where.error is not None:
                     raise KafkaException(where.error)
                 first, end = consumer.get_watermark_offsets(where, _ANSWER_S)
-                position = max(first, where.offset)
-                places[topic, where.partition] = position, end
+                places[topic, where.partition] = max(0, where.offset), first, end
                 # The engine writes in transactions: last in a partition comes the marker of one, which is no record.
-                lag[topic] += max(0, end - 1 - position)
+                lag[topic] += max(0, end - 1 - max(first, where.offset))
         self.lag = lag
         self._stands = self._standstill.found(places)
         self._measured_at = time.monotonic()

@@ -31,29 +31,29 @@ class _Seen:
 class Standstill:
     """Follows one group from measurement to measurement. Not thread-safe."""
 
-    def __init__(self, log: Log, clock: Callable[[], float] = time.monotonic) -> None:
-        """`clock`: seconds."""
-        self._log, self._clock = log, clock
+    def __init__(self, log: Log, *, committed: bool = True, clock: Callable[[], float] = time.monotonic) -> None:
+        """`committed`: whether the group reads committed records alone. `clock`: seconds."""
+        self._log, self._committed, self._clock = log, committed, clock
         self._seen: dict[TopicPartition, _Seen] = {}
         self._undecided: set[TopicPartition] = set()
         """Those that were not read to their ends in time when they were looked at last."""
 
-    def found(self, measured: Mapping[TopicPartition, tuple[int, int]]) -> list[str]:
+    def found(self, measured: Mapping[TopicPartition, tuple[int, int, int]]) -> list[str]:
         """The partitions where it has stood still for 90 s with something to read, in words, and those that have lost
         their ends.
 
-        `measured`: partition -> (the group's position, the log's end with what is not committed). Reads those in doubt,
-        for 3 s at the most: what cannot be read twice in a row, as behind a transaction that hangs, the group cannot
-        read either. Raises `InfrastructureError`.
+        `measured`: partition -> (the group's position, the log's first offset, its end with what is not committed).
+        Reads those in doubt, for 3 s at the most: what cannot be read twice in a row, as behind a transaction that
+        hangs, the group cannot read either. Raises `InfrastructureError`.
         """
         now = self._clock()
-        for where, (position, end) in measured.items():
+        for where, (position, first, end) in measured.items():
             seen = self._seen.get(where)
             if seen is None or seen.position != position:
                 seen = self._seen[where] = _Seen(position, end, position, now)
             elif seen.end <= seen.read_to:
                 seen.since = now
-            seen.end = end
+            seen.end, seen.read_to = end, max(first, seen.read_to)
         late = {w: s for w, s in self._seen.items() if s.end > s.read_to and now - s.since >= STILL_S}
         unread = self._unread(late)
         for where, seen in late.items():
@@ -72,7 +72,7 @@ class Standstill:
             self._undecided = unread
             return unread
         deadline = time.monotonic() + _LOOK_S
-        reader = self._log.reader()
+        reader = self._log.reader(committed=self._committed)
         try:
             reader.assign({where: seen.read_to for where, seen in late.items()})
             while left and time.monotonic() < deadline:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from perdure.projections.audit_fold import Fold, local_id_of
@@ -79,7 +79,7 @@ class Inputs:
         """What is wrong with the effects of an input, and the replies that are due."""
         faults = list(_refusals(given))
         if given.quarantined:
-            return faults, []
+            return faults, self._standing(given) if given.quarantined[0] in _AFTERWARDS else []
         try:
             told = self._decoder.read_input(given.value or b"")
         except Unreadable as error:
@@ -90,6 +90,27 @@ class Inputs:
         answers: list[Answer] = []
         faults += self._account(given, kind, told.fields, answers)
         return faults, answers
+
+    def _standing(self, given: Input) -> list[Answer]:
+        """The replies that an input in quarantine may have led to: a part of it may have failed, or what came after it.
+
+        Which of a batch's reports count is not known.
+        """
+        try:
+            told = self._decoder.read_input(given.value or b"")
+        except Unreadable:
+            return []
+        kind = told.name.partition(".")[2]
+        answers: list[Answer] = []
+        if kind != "ReportBatch":
+            list(
+                self._account(replace(given, kinds=set()), kind, told.fields, answers)
+            )  # what has no effect has failed
+            return answers
+        for entry in told.fields["entries"]:
+            if entry["task_id"] in self._tasks:
+                self._tasks[entry["task_id"]].report_seq = None
+        return answers
 
     def _account(self, given: Input, kind: str, m: dict[str, Any], answers: list[Answer]) -> Iterator[Fault]:
         match kind:

@@ -108,7 +108,9 @@ class Engine:
         except Exception as error:  # noqa: BLE001 - whatever a record brings about, the next ones are executed
             s.undo(begun)
             del self._out[kept_out:], self._after[kept_after:]
-            self._failed.append((part, *_cause_of(error)))
+            cause, detail = _cause_of(error)
+            cause = cause if part is None or cause == "too_large" else "defect"  # the record itself could be read
+            self._failed.append((part, cause, detail))
             return False
 
     def set_aside_unread(self, record: Record, detail: str) -> None:
@@ -132,7 +134,7 @@ class Engine:
         moment = self._moment(record)
         size = 0
         for _ in range(GRANTS_AT_ONCE):
-            if not self.state.grantable or size > limits.OUTPUT_MAX:
+            if not self.state.grantable or size > limits.OUTPUT_MAX or len(self._failed) > _TOLD:
                 return
             begin = len(self._out)
             self.state.grantable = False

@@ -75,7 +75,9 @@ class Lane:
         self.reached: dict[TopicPartition, int] = {}
         """Input -> up to where it is executed."""
         self.refused: PartitionRefused | None = None
-        """Why it is left alone."""
+        """Why it is left alone, or was when it was tried last."""
+        self.resting = False
+        """Whether it waits for its next trial."""
         self._changed = threading.Condition()
         self._thread = threading.Thread(target=self._run, name=f"{runner.kind.name}-{partition}", daemon=True)
 
@@ -139,11 +141,12 @@ class Lane:
             self._bytes = 0
         runner.member.pause([(topic, self._partition) for topic in runner.kind.inputs])
         rounds = runner.rounds
-        self.refused = error
+        self.refused, self.resting = error, True
         runner.refuse(error)
         self._halt.wait(_REFUSED_S)
         while runner.rounds < rounds + 2 and not self._halt.is_set():  # what was read before the pause is handed out
             self._halt.wait(_ROUND_S)
+        self.resting = False
 
     def _live(self) -> None:
         """Restore the partition and work on it until it is taken away. Raises what makes that impossible."""

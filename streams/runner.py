@@ -179,7 +179,7 @@ class Runner:
     def refuse(self, error: PartitionRefused) -> None:
         """A lane cannot go on, and the others may. A runner that can do nothing at all fails: that is seen sooner."""
         lanes = self._lanes.copy().values()
-        if lanes and all(lane.refused for lane in lanes):
+        if lanes and all(lane.resting for lane in lanes):
             self.fail(error)
 
     def wake(self) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from heapq import merge
-from itertools import groupby, islice
+from itertools import groupby, islice, takewhile
 from typing import Any, NamedTuple, TypeVar
 
 from perdure.schemas import codec, ids, limits
@@ -271,14 +271,14 @@ class State:
         Only in memory, and until a transaction is aborted: a defect goes with the build, and another process tries at
         once.
         """
-        self._put_off[key] = now + limits.PUT_OFF_MS
+        self._put_off[key] = now + limits.PUT_OFF_MS  # in the order of their ends
         front = self._fronts.get(key[0])
         if front is not None:
             front.remove(key[1])
 
     def try_again(self, now: int) -> None:
         """What was put off until now is due like everything else."""
-        over = [key for key, until in self._put_off.items() if until <= now]
+        over = [key for key, _ in takewhile(lambda item: item[1] <= now, self._put_off.items())]
         for key in over:
             del self._put_off[key]
             self._fronts.pop(key[0], None)
@@ -289,7 +289,7 @@ class State:
 
     def next_trial(self) -> int | None:
         """Log time from which on something that was put off is tried again."""
-        return min(self._put_off.values()) - self.clock.offset if self._put_off else None
+        return next(iter(self._put_off.values())) - self.clock.offset if self._put_off else None
 
     # Changing: for evolve alone --------------------------------------------------------------------------------------
 

@@ -21,7 +21,7 @@ class Group:
         self.log = MemoryLog(lambda: 1_000, partitions=2)
         self.now = 0.0
         self.positions = [0, 0]
-        self._standstill = Standstill(self.log, lambda: self.now)
+        self._standstill = Standstill(self.log, clock=lambda: self.now)
 
     def append(self, partition: int = 0) -> None:
         self.log.producer().append(NAME, partition, b"k", b"v")
@@ -36,7 +36,8 @@ class Group:
     def measured(self, after_s: float) -> list[str]:
         self.now += after_s
         ends = [self.log._data[NAME, p].end for p in range(2)]
-        return self._standstill.found({(NAME, p): (self.positions[p], ends[p]) for p in range(2)})
+        firsts = [self.log._data[NAME, p].first for p in range(2)]
+        return self._standstill.found({(NAME, p): (self.positions[p], firsts[p], ends[p]) for p in range(2)})
 
 
 @pytest.fixture
@@ -101,3 +102,24 @@ def test_what_a_transaction_that_hangs_hides_is_found(group: Group, monkeypatch:
 def test_a_group_that_stands_behind_the_end_of_the_log_is_found_at_once(group: Group) -> None:
     group.positions[1] = 7
     assert group.measured(5) == [f"{NAME}/1 ends at 0, before 7, where the group stands"]
+
+
+def test_a_log_that_is_deleted_under_a_group_does_not_move_it(group: Group) -> None:
+    for _ in range(9):
+        group.append()
+    group.measured(5)
+    for first in (1, 2):
+        group.log.truncate(NAME, 0, first)
+        assert group.measured(40) == []
+    group.log.truncate(NAME, 0, 3)
+    assert group.measured(20) == [f"{NAME}/0 stands still at 0 of 9"]
+
+
+def test_a_group_that_reads_what_is_not_committed_is_followed_by_such_a_reader(group: Group) -> None:
+    followed = Standstill(group.log, committed=False, clock=lambda: group.now)
+    hanging = group.log.transactional("hanging")
+    hanging.begin()
+    hanging.append(NAME, 0, b"k", b"v")
+    for now, found in ((0, []), (100, [f"{NAME}/0 stands still at 0 of 1"])):
+        group.now = now
+        assert followed.found({(NAME, 0): (0, 0, 1)}) == found, "it could read that"

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from perdure.schemas import codec, commands, events, inbox, limits
-from perdure.schemas.errors import InfrastructureError
+from perdure.schemas.errors import DecodeError, InfrastructureError
 from perdure.schemas.reports import ReportBatch
 from perdure.schemas.signing import signed
 from perdure.streams import attempts, leases, policies, ready_queue, tables, task_lifecycle, timers
@@ -170,8 +170,16 @@ def test_a_task_that_cannot_be_drained_keeps_no_other_from_it(monkeypatch: pytes
     assert [world.task(task).stopping for task in tasks] == ["draining", "none", "draining"]
 
 
-def test_reports_that_cannot_be_taken_in_cost_their_own_attempt_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What several attempts have to say comes as one record."""
+@pytest.mark.parametrize("error", [ZeroDivisionError, DecodeError])
+def test_reports_that_cannot_be_taken_in_cost_their_own_attempt_alone(
+    monkeypatch: pytest.MonkeyPatch, error: type[Exception]
+) -> None:
+    """What several attempts have to say comes as one record. A row that cannot be read does not make it unreadable."""
+
+    def raising(*_: object) -> Outputs:
+        raise error("a defect")
+        yield
+
     world = World(partitions=1)
     worker = ScriptedWorker(world, slots=3).start()
     tasks = [world.submit() for _ in range(3)]
@@ -188,12 +196,16 @@ def test_reports_that_cannot_be_taken_in_cost_their_own_attempt_alone(monkeypatc
     assert [m.task_id for m in world.inbox(worker.session, inbox.RevokeAttempt)] == [tasks[1]]
     assert world.task(tasks[1]).epoch == 2, "granted again"
     (record,) = world.quarantined()
-    assert record.detail.startswith(f"{tasks[1]}: Traceback")
+    assert record.cause == "defect"
+    assert record.detail.startswith(f"{tasks[1]}: ")
     assert [e.why for e in world.of_kind(events.ReportRejected)] == ["token"]
     assert_sound(world.log)
+    again = ReportBatch(session=worker.session, entries=batch.entries[:3])
+    world.send(signed(again, *KEYS.newest_worker()), 0)  # its append seemed to have failed: what counted is repeated
     for task in (tasks[0], tasks[2]):
         worker.report(worker.grant(task), completed())
         assert world.task(task).state == "COMPLETED"
+    assert_sound(world.log)
 
 
 def test_an_end_that_can_never_be_taken_in_is_a_dead_letter_in_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -285,6 +297,23 @@ def test_a_grant_that_fails_holds_up_no_other(monkeypatch: pytest.MonkeyPatch) -
     assert {grant.task_id for grant in worker.grants()} == {*tasks}
 
 
+def test_a_type_none_of_whose_tasks_can_be_granted_costs_each_input_a_few_tries(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    world = World(partitions=1)
+    tasks = [world.submit(task_id=f"default/bad{n:02}") for n in range(40)]
+    with monkeypatch.context() as broken:
+        broken.setattr(ready_queue, "_run_attempt", lambda *_: 1 / 0)
+        worker = ScriptedWorker(world, slots=99, beating=True).start()
+        world.advance(SECOND)
+        assert named(world, *tasks[:3]) == dict.fromkeys(tasks[:3], 1)
+        assert 5 <= len(world.quarantined()) <= 10, "all of them were tried"
+        world.advance(8 * MINUTE)
+        assert len(world.quarantined()) <= 10
+    world.advance(3 * MINUTE)
+    assert {grant.task_id for grant in worker.grants()} == {*tasks}
+
+
 def test_a_search_for_what_can_be_granted_that_fails_is_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
     world = World(partitions=1)
     worker = ScriptedWorker(world, beating=True).start()
@@ -294,6 +323,7 @@ def test_a_search_for_what_can_be_granted_that_fails_is_repeated(monkeypatch: py
     assert not worker.grants()
     world.advance(SECOND)
     assert [grant.task_id for grant in worker.grants()] == [task]
+    assert_sound(world.log)  # the submit stands, and was answered
 
 
 def test_what_an_aborted_transaction_failed_at_is_tried_again_and_set_aside(monkeypatch: pytest.MonkeyPatch) -> None:
