@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 _BUFFER_BYTES = 32 * 1024 * 1024
 _REFUSED_S = 60.0
 """How long a refused partition is left alone."""
+_ALONE_S = 10.0
+"""How long others may take to join a process that has begun with all partitions, and is refused one."""
 _ROUND_S = 0.2
 LOG = logging.getLogger("perdure")
 T = TypeVar("T")
@@ -143,6 +145,9 @@ class Lane:
         rounds = runner.rounds
         self.refused, self.resting = error, True
         runner.refuse(error)
+        at_start = not self.reached and runner.began_alone
+        if at_start and not self._halt.wait(_ALONE_S) and runner.began_alone:
+            runner.fail(error)  # nobody else is there to go on with the others, and somebody has to look
         self._halt.wait(_REFUSED_S)
         while runner.rounds < rounds + 2 and not self._halt.is_set():  # what was read before the pause is handed out
             self._halt.wait(_ROUND_S)

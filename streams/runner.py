@@ -2,7 +2,7 @@
 
 One thread reads and hands records out; each partition has a lane. While one transaction is under way, the next records
 gather: under load they share it, idle they do not wait. A lane's failure ends the runner, and `run` raises it. A
-partition that is refused does not, as long as there are others.
+partition that is refused does not, as long as there are others; but who begins alone and is refused one ends.
 """
 
 from __future__ import annotations
@@ -66,6 +66,7 @@ class Runner:
         self.duties, self.taker, self.standbys, self.on_ready = duties, taker, standbys, on_ready
         self.finished = threading.Event()
         """Set whenever a lane has ended a transaction."""
+        self._dealt = 0
         self.rounds = 0
         """How often what was read has been handed out."""
         self._stopping = threading.Event()
@@ -176,6 +177,11 @@ class Runner:
         found = {number: lane.refused for number, lane in self._lanes.copy().items()}
         return {number: error for number, error in found.items() if error is not None}
 
+    @property
+    def began_alone(self) -> bool:
+        """Whether all partitions were given to this process when it began, and nothing has been dealt out since."""
+        return self._dealt == 1 and len(self._lanes) == self.log.partitions
+
     def refuse(self, error: PartitionRefused) -> None:
         """A lane cannot go on, and the others may. A runner that can do nothing at all fails: that is seen sooner."""
         lanes = self._lanes.copy().values()
@@ -189,6 +195,7 @@ class Runner:
 
     def _assigned(self, partitions: list[TopicPartition]) -> None:
         self._joining.inside()
+        self._dealt += 1
         self.member.pause(partitions)
         numbers = sorted({p for _, p in partitions})
         if numbers and numbers[-1] >= self.log.partitions:

@@ -101,22 +101,39 @@ def executes(log: MemoryLog, partition: int, name: str) -> None:
 
 
 def test_a_partition_that_is_refused_at_the_start_holds_up_no_other(
-    log: MemoryLog, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    """Two processes share the namespace, and one is refused one of its two partitions."""
+    monkeypatch.setattr(lane_module, "_ALONE_S", 0.2)
+    log = MemoryLog(lambda: 1_000, partitions=4)
     with running(log, tmp_path):
-        for partition in range(2):
+        for partition in range(4):
             executes(log, partition, f"first{partition}")
     whole = list(log._data[INPUT, 0].entries)
     lose(log, 0)
-    with running(log, tmp_path) as it:
+    with running(log, tmp_path) as it, running(log, tmp_path):
         until("the refusal", lambda: set(it.runner.refused()) == {0})
-        executes(log, 1, "second")
+        for partition in (1, 2, 3):
+            executes(log, partition, f"second{partition}")
         assert "records were deleted before they were read" in str(it.runner.refused()[0])
         assert f"engine/0 is refused: {INPUT}/0 begins at 2" in caplog.text
         with log._changed:  # somebody puts it right
             log._data[INPUT, 0].entries[:], log._data[INPUT, 0].first = whole, 0
         executes(log, 0, "third")
         assert not it.runner.refused()
+
+
+def test_who_begins_alone_and_is_refused_a_partition_ends(
+    log: MemoryLog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The loudest there is: it is all of the namespace's engine."""
+    monkeypatch.setattr(lane_module, "_ALONE_S", 0.5)
+    with running(log, tmp_path):
+        for partition in range(2):
+            executes(log, partition, f"first{partition}")
+    lose(log, 0)
+    with running(log, tmp_path) as it:
+        assert "begins at 2, but engine has executed only up to 1" in str(it.ended())
 
 
 def test_a_partition_that_is_refused_under_way_holds_up_no_other(log: MemoryLog, tmp_path: Path) -> None:
