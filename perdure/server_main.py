@@ -114,7 +114,8 @@ class Lag:
                 try:
                     self._measure(consumer)
                 except (KafkaException, InfrastructureError) as error:  # if it stays so, `problems` says that
-                    self._why = str(error)
+                    # The text of an error that is not ours may hold anything.
+                    self._why = str(error) if isinstance(error, InfrastructureError) else type(error).__name__
 
     def _measure(self, consumer: Consumer) -> None:
         lag: dict[str, int] = {}

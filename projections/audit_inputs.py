@@ -103,9 +103,8 @@ class Inputs:
         kind = told.name.partition(".")[2]
         answers: list[Answer] = []
         if kind != "ReportBatch":
-            list(
-                self._account(replace(given, kinds=set()), kind, told.fields, answers)
-            )  # what has no effect has failed
+            for _ in self._account(replace(given, kinds=set()), kind, told.fields, answers):
+                pass  # what has no effect has failed
             return answers
         for entry in told.fields["entries"]:
             if entry["task_id"] in self._tasks:
