@@ -69,9 +69,7 @@ def test_what_a_tick_fails_at_is_left_out_and_all_else_that_is_due_happens(monke
     with failing_at(monkeypatch, *broken):
         world.advance(5 * SECOND)
         assert [grant.task_id for grant in worker.grants()] == [sound]
-        before = len(ticks(world))
-        world.advance(8 * MINUTE)
-        assert len(ticks(world)) - before < 60, "ticks come for what is due alone"
+        advance_with_few_ticks(world, 8 * MINUTE)
         assert named(world, *broken) == dict.fromkeys(broken, 1)
         world.advance(3 * MINUTE)
         assert named(world, *broken) == dict.fromkeys(broken, 2)
@@ -122,9 +120,7 @@ def test_a_task_that_cannot_be_lost_keeps_no_other_of_its_session_waiting(
             older.beating = True
             heir = older.restart()
         assert {grant.task_id for grant in heir.grants()} == {*tasks} - {stuck}
-        before = len(ticks(world))
-        world.advance(8 * MINUTE)
-        assert len(ticks(world)) - before < 60, "ticks come for what is due alone"
+        advance_with_few_ticks(world, 8 * MINUTE)
         assert named(world, stuck) == {stuck: 1}
     world.advance(3 * MINUTE)
     assert {grant.task_id for grant in heir.grants()} == {*tasks}
@@ -232,9 +228,7 @@ def test_a_defect_with_very_many_rows_leaves_room_for_all_else(monkeypatch: pyte
     with failing_at(monkeypatch, *broken):
         world.advance(5 * SECOND)
         assert [grant.task_id for grant in worker.grants()] == [sound]
-        before = len(ticks(world))
-        world.advance(8 * MINUTE)
-        assert len(ticks(world)) - before < 60
+        advance_with_few_ticks(world, 8 * MINUTE)
         found = world.quarantined()
         assert 5 <= len(found) <= 10
         assert all(len(record.detail) <= limits.TRACEBACK_MAX for record in found)
@@ -404,6 +398,13 @@ def failing_at(monkeypatch: pytest.MonkeyPatch, *tasks: str) -> Iterator[None]:
         broken.setitem(timers._KINDS, tables.NOT_BEFORE, unless_broken(timers._KINDS[tables.NOT_BEFORE]))
         broken.setattr(task_lifecycle, "lost", unless_broken(task_lifecycle.lost))
         yield
+
+
+def advance_with_few_ticks(world: World, ms: int) -> None:
+    """Let time pass, in which ticks come for what is due alone."""
+    before = len(ticks(world))
+    world.advance(ms)
+    assert len(ticks(world)) - before < 60
 
 
 def named(world: World, *tasks: str) -> dict[str, int]:

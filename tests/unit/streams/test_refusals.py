@@ -100,6 +100,12 @@ def executes(log: MemoryLog, partition: int, name: str) -> None:
     until(f"{name} is executed", lambda: executed(log, partition) > before)
 
 
+def all_execute(log: MemoryLog) -> None:
+    """Until each partition has executed its first command."""
+    for partition in range(log.partitions):
+        executes(log, partition, f"first{partition}")
+
+
 def test_a_partition_that_is_refused_at_the_start_holds_up_no_other(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -107,8 +113,7 @@ def test_a_partition_that_is_refused_at_the_start_holds_up_no_other(
     monkeypatch.setattr(lane_module, "_ALONE_S", 0.2)
     log = MemoryLog(lambda: 1_000, partitions=4)
     with running(log, tmp_path):
-        for partition in range(4):
-            executes(log, partition, f"first{partition}")
+        all_execute(log)
     whole = list(log._data[INPUT, 0].entries)
     lose(log, 0)
     with running(log, tmp_path) as it, running(log, tmp_path):
@@ -162,8 +167,7 @@ def test_a_log_that_loses_records_again_and_again_ends_the_runner(tmp_path: Path
 def test_a_runner_all_of_whose_partitions_are_refused_ends(log: MemoryLog, tmp_path: Path) -> None:
     """A process that does nothing for anybody is to be seen."""
     with running(log, tmp_path):
-        for partition in range(2):
-            executes(log, partition, f"first{partition}")
+        all_execute(log)
     for partition in range(2):
         lose(log, partition)
     with running(log, tmp_path) as it:
@@ -206,8 +210,7 @@ def test_a_changelog_that_lost_its_end_meanwhile_is_refused_again(
 ) -> None:
     """What the group said when the partition was assigned is older than what was executed since."""
     with running(log, tmp_path) as it:
-        for partition in range(2):
-            executes(log, partition, f"first{partition}")
+        all_execute(log)
         committed = it.runner.member.committed
         monkeypatch.setattr(
             it.runner.member, "committed", lambda wanted, **_: dict.fromkeys(committed(wanted))
