@@ -126,6 +126,7 @@ def test_a_partition_that_is_refused_at_the_start_holds_up_no_other(
             log._data[INPUT, 0].entries[:], log._data[INPUT, 0].first = whole, 0
         executes(log, 0, "third")
         assert not it.runner.refused()
+        assert it.goes_on()
 
 
 def test_who_begins_alone_and_is_refused_a_partition_ends(
